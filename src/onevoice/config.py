@@ -1,0 +1,131 @@
+"""Configurations: JSON on disk, frozen dataclasses in memory, one definition of every default.
+
+Each part of the package defines its own section as `@dataclass(frozen=True, config=STRICT)` beside the code
+that reads it; `training.Experiment` composes them. This module reads, checks, overrides and describes any of
+them. An unknown key, a wrong type or a value out of range raises `ConfigError` with the full path of the key,
+and for a misspelt key the nearest one that exists.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from onevoice.errors import ConfigError
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""The pydantic settings of every section: no unknown keys, no silent conversions."""
+
+Section = TypeVar("Section")
+Json = dict[str, Any]
+
+
+def load_config(kind: type[Section], path: str | Path, overrides: Sequence[str] = ()) -> Section:
+    """Read a JSON file as the section `kind`, after applying `overrides` of the form `a.b.c=value`.
+
+    Raises `ConfigError` for a missing file, broken JSON, or anything that does not fit.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        values = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, not a {type(values).__name__}")
+    return from_dict(kind, override(values, overrides), name=str(path))
+
+
+def from_dict(kind: type[Section], values: Mapping[str, Any], name: str = "config") -> Section:
+    """Build the section `kind` from plain JSON values, all of them checked. `name` opens a message."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        complaints = "; ".join(_complaint(kind, item) for item in error.errors(include_url=False))
+        raise ConfigError(f"{name}: {complaints}") from error
+
+
+def to_dict(section: Any) -> Json:
+    """Return a section as plain JSON values; `from_dict` gives the section back."""
+    return typing.cast(Json, TypeAdapter(type(section)).dump_python(section, mode="json"))
+
+
+def json_schema(kind: type[Any]) -> Json:
+    """Return the JSON Schema of a section, with the defaults."""
+    return TypeAdapter(kind).json_schema()
+
+
+def override(values: Mapping[str, Any], overrides: Sequence[str]) -> Json:
+    """Return `values` with each `a.b.c=value` set; the value is JSON, or a bare string where it is not."""
+    result: Json = json.loads(json.dumps(values))
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"--set {item}: write it as key=value, for example --set training.epochs=3")
+        *parents, last = key.split(".")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {item}: {parent} is a value, not a section")
+        try:
+            node[last] = json.loads(text)
+        except ValueError:
+            node[last] = text
+    return result
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {key!r} stands twice")
+    return dict(pairs)
+
+
+def _complaint(kind: type[Any], item: Any) -> str:
+    place = [part for part in item["loc"] if not _is_tag(part)]
+    path = ".".join(str(part) for part in place) or "(top level)"
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_at(kind, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{path}: is required and missing"
+    given = (
+        "" if isinstance(item["input"], dict | list) else f", not {json.dumps(item['input'], default=str)}"
+    )
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{path}: {message}{given}"
+
+
+def _is_tag(part: str | int) -> bool:
+    """Say whether a part of an error's place is pydantic's note of a union member rather than a key."""
+    return isinstance(part, str) and not part.isidentifier()
+
+
+def _keys_at(kind: Any, place: Sequence[str | int]) -> list[str]:
+    """Return the keys of the section that stands at `place` below `kind`."""
+    options = _sections(kind)
+    for part in place:
+        found = [
+            hint for option in options for name, hint in typing.get_type_hints(option).items() if name == part
+        ]
+        options = [section for hint in found for section in _sections(hint)] or options
+    return [field.name for option in options for field in dataclasses.fields(option)]
+
+
+def _sections(hint: Any) -> list[Any]:
+    """Return the dataclasses that a type hint admits, through unions, containers and annotations."""
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [section for argument in typing.get_args(hint) for section in _sections(argument)]

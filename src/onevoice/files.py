@@ -1,0 +1,46 @@
+"""Writing files so that what stands under the final name is always whole."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from onevoice.errors import StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while writing `path` into a `StorageError` of one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(
+            f"{path}: cannot be written ({reason}); free space or choose another place"
+        ) from error
+
+
+def atomic_write(path: Path, data: bytes | Callable[[Path], None], *, durable: bool = True) -> None:
+    """Write `data` under `path` by a temporary file in the same folder and a rename.
+
+    `data` is the content, or a function that writes the content to the path it is given. With `durable` the
+    bytes are flushed to the disk before the rename, so that not even a power cut leaves half a file; without,
+    only a crash of the process is covered. The folder is made when missing.
+
+    Raises `StorageError` when the disk is full or the place is not writable; nothing is left behind then.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with temporary.open("wb") as stream:
+                if isinstance(data, bytes):
+                    stream.write(data)
+                else:
+                    data(temporary)
+                if durable:
+                    os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

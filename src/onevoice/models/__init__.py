@@ -1,0 +1,1 @@
+"""Networks: batches in, estimates out; they know nothing of data."""

@@ -1,0 +1,19 @@
+"""Every test runs with shapes and types of the package checked at each call (jaxtyping with beartype)."""
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("onevoice", "beartype.beartype")
+hook.__enter__()
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from voices import make_corpus  # noqa: E402
+
+SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four toy speakers with four utterances of 4 s at 8 kHz, in the layout of LibriSpeech."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
