@@ -1,0 +1,114 @@
+"""SpEx+ (Ge et al., "SpEx+: A Complete Time Domain Speaker Extraction Network", arXiv 2005.04686)."""
+
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onevoice.config import STRICT
+from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Positive, Wave
+from onevoice.models.layers import ChannelNorm, SpeechDecoder, SpeechEncoder, TemporalBlock
+from onevoice.models.speaker import SpeakerEncoder
+from onevoice.units import to_samples
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SpExPlusConfig(NetworkConfig):
+    """The sizes of SpEx+. The defaults are the paper's, at 16 kHz; letters in brackets are the paper's."""
+
+    name: Literal["spexplus"] = "spexplus"
+    window_seconds: tuple[Seconds, Seconds, Seconds] = (0.0025, 0.01, 0.02)
+    """Short, middle and long window [L1, L2, L3]; the hop is half the short one."""
+    filters: Positive = 256
+    """Filters of each scale of the speech encoder [N]."""
+    channels: Positive = 256
+    """Channels between the temporal blocks [O]."""
+    hidden: Positive = 512
+    """Channels inside a temporal block [P]."""
+    kernel_size: Positive = 3
+    """Taps of the depthwise convolution [Q], odd."""
+    blocks: Positive = 8
+    """Temporal blocks in a stack, of dilation 1, 2, 4, … [B]."""
+    stacks: Positive = 4
+    """Stacks [R]; the speaker embedding enters at the first block of each."""
+    speaker_dim: Positive = 256
+    """Size of the speaker embedding."""
+
+    def __post_init__(self) -> None:
+        """Check what concerns several values at once."""
+        windows = self.windows
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
+        if windows[0] < 2 or windows[0] % 2 or sorted(windows) != list(windows):
+            raise ValueError(f"window_seconds must rise and give an even short window, not {windows} samples")
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The three windows in samples."""
+        return tuple(to_samples(seconds, self.sample_rate) for seconds in self.window_seconds)
+
+    @property
+    def hop(self) -> int:
+        """The hop in samples: half the short window."""
+        return self.windows[0] // 2
+
+
+class SpExPlus(Network):
+    """Multi-scale encoder shared by mixture and enrollment, speaker encoder, temporal stacks, three decoders."""
+
+    config: SpExPlusConfig
+
+    def __init__(self, config: SpExPlusConfig) -> None:
+        super().__init__(config)
+        scales = len(config.windows)
+        self.encoder = SpeechEncoder(config.filters, config.windows, config.hop)
+        self.speaker_encoder = SpeakerEncoder(
+            scales * config.filters, config.channels, config.hidden, config.speaker_dim
+        )
+        self.classifier = nn.Linear(config.speaker_dim, config.num_classes)
+        self.norm = ChannelNorm(scales * config.filters)
+        self.bottleneck = nn.Conv1d(scales * config.filters, config.channels, 1)
+        self.temporal_blocks = nn.ModuleList(
+            TemporalBlock(
+                config.channels,
+                config.hidden,
+                config.kernel_size,
+                dilation=2**index,
+                speaker_dim=0 if index else config.speaker_dim,
+            )
+            for _ in range(config.stacks)
+            for index in range(config.blocks)
+        )
+        self.masks = nn.ModuleList(nn.Conv1d(config.channels, config.filters, 1) for _ in range(scales))
+        self.decoders = nn.ModuleList(SpeechDecoder(config.filters, window, config.hop) for window in config.windows)
+
+    def classify(self, embedding: Embedding) -> Float[Tensor, "batch num_classes"]:
+        """Return the logits of the training speakers."""
+        logits: Tensor = self.classifier(embedding)
+        return logits
+
+    def _embed(self, ref: Wave, ref_length: Lengths | None) -> Embedding:
+        fewest = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms: less is taken as padded by zeros
+        ref = F.pad(ref, (0, max(0, fewest - ref.shape[1])))
+        mask = self.encoder.mask(ref, None if ref_length is None else ref_length.clamp(min=fewest))
+        embedding: Tensor = self.speaker_encoder(torch.cat(self.encoder(ref), dim=1), mask)
+        return embedding
+
+    def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[Wave, ...]:
+        samples = audio.shape[1]
+        mask = self.encoder.mask(audio, audio_length)
+        scales = self.encoder(audio)
+        frames = self.bottleneck(self.norm(torch.cat(scales, dim=1)))
+        for index, block in enumerate(self.temporal_blocks):
+            frames = block(frames, None if index % self.config.blocks else embedding, mask)
+        estimates = []
+        for coded, to_mask, decoder in zip(scales, self.masks, self.decoders, strict=True):
+            masked = coded * F.relu(to_mask(frames))
+            estimates.append(decoder(masked if mask is None else masked * mask, samples))
+        return tuple(estimates)

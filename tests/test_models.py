@@ -1,0 +1,216 @@
+"""The promises of the model contract, for every network, and SpEx+ against its equations."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from plain_spexplus import spexplus
+from torch import Tensor
+from torch.nn import functional as F
+
+from onevoice.config import from_dict, to_dict
+from onevoice.errors import ConfigError
+from onevoice.models import MODELS, ModelConfig, Network, SpExPlusConfig, build_model
+from onevoice.models.layers import GlobalNorm, SpeechDecoder
+from onevoice.models.speaker import ValidBatchNorm
+
+SMALL: dict[str, ModelConfig] = {
+    "spexplus": SpExPlusConfig(
+        sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
+    )
+}
+
+
+def network(name: str, seed: int = 0) -> Network:
+    """A small network with no weight at a symmetric initial value."""
+    torch.manual_seed(seed)
+    model = build_model(SMALL[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return model.eval()
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request: pytest.FixtureRequest) -> Network:
+    return network(request.param)
+
+
+def test_every_model_of_the_zoo_is_tested_here() -> None:
+    assert SMALL.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("samples", [1, 7, 20, 21, 159, 160, 1000, 1009])
+@torch.no_grad()
+def test_estimates_have_the_length_of_the_mixture(model: Network, samples: int) -> None:
+    prediction = model({"audio": noise(2, samples), "ref": noise(2, 900)})
+    assert [tuple(e.shape) for e in prediction["predicted_audio"]] == [(2, samples)] * 3
+    assert prediction["predicted_logits"].shape == (2, 5)
+    assert all(e.isfinite().all() for e in prediction["predicted_audio"])
+
+
+def test_every_parameter_gets_a_gradient(model: Network) -> None:
+    model.train()
+    prediction = model({"audio": noise(2, 800), "ref": noise(2, 900)})
+    total = sum(e.square().sum() for e in prediction["predicted_audio"]) + prediction["predicted_logits"].square().sum()
+    total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_the_estimate_follows_the_enrollment(model: Network) -> None:
+    mixture = noise(1, 800)
+    first, second = (model({"audio": mixture, "ref": noise(1, 900, seed=s)})["predicted_audio"][0] for s in (2, 3))
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("ref_samples", [50, 300, 461, 905])
+@torch.no_grad()
+def test_padding_and_neighbours_do_not_matter(model: Network, ref_samples: int) -> None:
+    mixture, ref = noise(1, 603), noise(1, ref_samples, seed=2)
+    alone = model({"audio": mixture, "ref": ref})
+    batch_audio, batch_ref = noise(3, 1000, seed=3) * 9, noise(3, 1200, seed=4) * 9  # junk beyond the lengths
+    batch_audio[1, :603], batch_ref[1, :ref_samples] = mixture[0], ref[0]
+    batch_ref[1, ref_samples:] = torch.nan
+    together = model(
+        {
+            "audio": batch_audio,
+            "ref": batch_ref,
+            "audio_length": torch.tensor([1000, 603, 777]),
+            "ref_length": torch.tensor([1200, ref_samples, 999]),
+        }
+    )
+    torch.testing.assert_close(together["predicted_logits"][1], alone["predicted_logits"][0], atol=2e-5, rtol=1e-4)
+    for padded, single in zip(together["predicted_audio"], alone["predicted_audio"], strict=True):
+        torch.testing.assert_close(padded[1, :603], single[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_gain_and_offset_of_the_inputs(model: Network) -> None:
+    mixture, ref = noise(1, 600), noise(1, 900, seed=2)
+    plain = model({"audio": mixture, "ref": ref})["predicted_audio"][0]
+    louder = model({"audio": mixture * 50 + 7, "ref": ref * 0.001 - 0.3})["predicted_audio"][0]
+    torch.testing.assert_close(louder, plain * 50, atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_silence_in_silence_out(model: Network) -> None:
+    estimate = model({"audio": torch.zeros(1, 500), "ref": noise(1, 900)})["predicted_audio"][0]
+    assert estimate.abs().max() == 0
+    assert model({"audio": noise(1, 500), "ref": torch.zeros(1, 900)})["predicted_audio"][0].isfinite().all()
+
+
+@torch.no_grad()
+def test_an_embedding_serves_many_mixtures(model: Network) -> None:
+    ref, mixtures = noise(1, 900), noise(3, 500, seed=5)
+    embedding = model.embed(ref)
+    for mixture in mixtures:
+        whole = model({"audio": mixture[None], "ref": ref})["predicted_audio"][0]
+        torch.testing.assert_close(model.extract(mixture[None], embedding)[0], whole)
+
+
+def test_one_batch_is_learned_by_heart(model: Network) -> None:
+    """Two voices at fixed frequencies, told apart by the enrollment alone: the same mixture, two targets."""
+    time = torch.arange(1600) / 8000
+    low, high = torch.sin(2 * torch.pi * 300 * time), torch.sin(2 * torch.pi * 1500 * time)
+    batch = {"audio": (low + high).expand(2, -1), "ref": torch.stack([low, high])}
+    targets = torch.stack([low, high])
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        estimate = model(batch)["predicted_audio"][0]
+        error = (estimate - targets).square().sum() / targets.square().sum()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert error < 0.05  # SI-SDR above 13 dB from 0 dB
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_a_config_survives_json(kind: str) -> None:
+    assert from_dict(type(SMALL[kind]), to_dict(SMALL[kind])) == SMALL[kind]
+
+
+# SpEx+ itself
+
+
+def test_the_published_size() -> None:
+    model = build_model(SpExPlusConfig(sample_rate=8000))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 11.14
+    assert SpExPlusConfig(sample_rate=8000).windows == (20, 80, 160)
+    assert SpExPlusConfig().windows == (40, 160, 320)
+
+
+@pytest.mark.parametrize("sample_rate", [8000, 16000])
+@torch.no_grad()
+def test_parity_with_the_published_equations(sample_rate: int) -> None:
+    torch.manual_seed(3)
+    config = SpExPlusConfig(
+        sample_rate=sample_rate, filters=24, channels=16, hidden=32, blocks=4, stacks=2, normalize_level=False
+    )
+    model = build_model(config).eval()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    mixture, ref = noise(1, 100 * config.hop), noise(1, 90 * config.hop, seed=2)
+    ours = model({"audio": mixture, "ref": ref})
+    estimates, logits = spexplus(mixture[0], ref[0], model.state_dict(), config.windows, config.blocks, config.stacks)
+    for our, plain in zip(ours["predicted_audio"], estimates, strict=True):
+        assert (our[0].double() - plain).abs().max() < 1e-4 * plain.abs().max()
+    torch.testing.assert_close(ours["predicted_logits"][0].double(), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"filter": 3}, "filter: unknown key; did you mean 'filters'"),
+        ({"filters": "many"}, "filters: "),
+        ({"blocks": 0}, "blocks: "),
+        ({"kernel_size": 4}, "kernel_size must be odd"),
+        ({"window_seconds": [0.02, 0.01, 0.0025]}, "window_seconds must rise"),
+    ],
+)
+def test_wrong_configs_name_the_key(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(SpExPlusConfig, change)
+
+
+# Blocks against torch's own layers
+
+
+@torch.no_grad()
+def test_decoder_is_a_transposed_convolution() -> None:
+    torch.manual_seed(0)
+    decoder = SpeechDecoder(filters=6, window=16, hop=4)
+    frames = noise(2, 6, 30)
+    oracle = F.conv_transpose1d(frames, decoder.weight[:, None], decoder.bias, stride=4)[:, 0]
+    torch.testing.assert_close(decoder(frames, oracle.shape[1]), oracle)
+
+
+@pytest.mark.parametrize("build", [lambda: GlobalNorm(6), lambda: ValidBatchNorm(6)], ids=["global", "batch"])
+def test_masked_norms_equal_plain_ones_on_the_valid_part(build: Callable[[], torch.nn.Module]) -> None:
+    frames = noise(2, 6, 40) * 3 + 1
+    cut, masked = build().train(), build().train()
+    mask = torch.zeros(2, 1, 40)
+    mask[:, :, :25] = 1
+    masked_out = masked(frames, mask) * mask
+    torch.testing.assert_close(masked_out[:, :, :25], cut(frames[:, :, :25].clone()), atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(masked.buffers(), cut.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_copies_are_independent(model: Network) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    assert not torch.equal(next(other.parameters()), next(model.parameters()))
