@@ -1,0 +1,76 @@
+"""Work spread over processes whose results come back in order.
+
+Processes are spawned, so nothing of the parent's threads or open files leaks into them, and what they do must be
+importable. They die with their parent, even one that was killed.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from onevoice.errors import OnevoiceError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AHEAD = 4
+"""Items in the hands of each worker, so that none waits for the slowest."""
+
+_work: Callable[[Any], Any] | None = None
+
+
+def ordered_map(
+    make_work: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """Yield `work(item)` for each of `items`, in their order; each process makes its own `work` by `make_work()`.
+
+    One worker means this process. An error of `work` is raised here, and what had not begun is dropped. Close the
+    iterator (`contextlib.closing`) to end the processes early. Raises `OnevoiceError` when a process dies.
+    """
+    if workers == 1:
+        yield from map(make_work(), items)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make_work,))
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(_do, item))
+            if len(pending) >= AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise OnevoiceError(
+            "a worker process died: too little memory, or a script that lacks `if __name__ == '__main__':`; "
+            "run again with fewer workers to go on where it stopped"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+    """Prepare a worker: Ctrl-C is for the parent to handle, and its death is watched."""
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _work = make_work()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _do(item: Any) -> Any:
+    assert _work is not None, "a worker starts with _start"
+    return _work(item)

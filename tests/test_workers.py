@@ -1,0 +1,53 @@
+"""Work in processes: results in order, errors raised here, a dead worker said clearly."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+
+import pytest
+
+from onevoice.errors import CorpusError, OnevoiceError
+from onevoice.workers import ordered_map
+
+
+def shifting(shift: int) -> Callable[[int], int]:
+    return lambda number: number + shift
+
+
+def refusing() -> Callable[[int], int]:
+    def work(number: int) -> int:
+        if number == 5:
+            raise CorpusError("number 5 is refused")
+        return number
+
+    return work
+
+
+def dying() -> Callable[[int], int]:
+    return lambda number: os._exit(9)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_the_order_of_the_items(workers: int) -> None:
+    work = functools.partial(shifting, 100)
+    assert list(ordered_map(work, range(50), workers)) == list(range(100, 150))
+    assert list(ordered_map(work, [], workers)) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_comes_after_the_results_before_it(workers: int) -> None:
+    results: list[int] = []
+    with pytest.raises(CorpusError, match="number 5 is refused"):
+        results.extend(ordered_map(refusing, range(50), workers))
+    assert results == [0, 1, 2, 3, 4]
+
+
+def test_it_can_be_left_early() -> None:
+    with contextlib.closing(ordered_map(functools.partial(shifting, 0), range(10_000), 2)) as results:
+        assert next(results) == 0
+
+
+def test_a_dead_worker_is_one_clear_error() -> None:
+    with pytest.raises(OnevoiceError, match="a worker process died"):
+        list(ordered_map(dying, range(3), 2))
