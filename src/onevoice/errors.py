@@ -5,6 +5,7 @@
     ├── CorpusError             too few speakers, files or trials for what was asked
     ├── ConfigError             an unknown key, a wrong type, a value out of range
     ├── CheckpointError         an unreadable checkpoint, or one of another model
+    ├── MetricError             a metric has no value for these signals (silence, too short); counted, not fatal
     ├── TrainingError           training cannot go on (no finite loss any more)
     ├── StorageError            a file cannot be written (disk full, no permission)
     └── MissingDependencyError  an optional package that one command needs
@@ -32,6 +33,10 @@ class ConfigError(OnevoiceError):
 
 class CheckpointError(OnevoiceError):
     """A checkpoint cannot be read, or belongs to another model."""
+
+
+class MetricError(OnevoiceError):
+    """A metric has no value for these signals; evaluation counts it and goes on."""
 
 
 class TrainingError(OnevoiceError):
