@@ -31,9 +31,7 @@ class Voice:
     def number(cls, index: int) -> "Voice":
         """Return the `index`-th speaker; pitches spiral through 85–300 Hz without repeating."""
         steps = [(index * irrational) % 1.0 for irrational in (0.618034, 0.414214, 0.732051)]
-        return cls(
-            f"spk{index:03d}", 85 * (300 / 85) ** steps[0], 0.85 + 0.4 * steps[1], 0.16 + 0.1 * steps[2]
-        )
+        return cls(f"spk{index:03d}", 85 * (300 / 85) ** steps[0], 0.85 + 0.4 * steps[1], 0.16 + 0.1 * steps[2])
 
     def say(self, index: int, seconds: float, sample_rate: int = 8000) -> np.ndarray:
         """Return the speaker's `index`-th utterance, `(samples,)` float32 with peak 0.5."""
@@ -57,9 +55,7 @@ class Voice:
         wave = np.zeros(length)
         for harmonic in range(1, int(0.45 * sample_rate / pitch.max()) + 1):
             frequency = harmonic * self.pitch
-            response = sum(
-                1 / (1 + ((frequency - f) / b) ** 2) for f, b in zip(formants, BANDWIDTHS, strict=True)
-            )
+            response = sum(1 / (1 + ((frequency - f) / b) ** 2) for f, b in zip(formants, BANDWIDTHS, strict=True))
             wave += (0.02 + response) * np.sin(harmonic * phase) / np.sqrt(harmonic)
         if rng.random() < 0.4:
             wave[: length // 5] += 0.3 * rng.standard_normal(length // 5)
@@ -77,3 +73,26 @@ def make_corpus(
             path = root / voice.name / chapter / f"{voice.name}-{chapter}-{index:04d}.flac"
             write_audio(path, voice.say(index, seconds, sample_rate), sample_rate)
     return root
+
+
+def make_trials(
+    folder: Path, count: int, speakers: int = 4, seconds: float = 1.0, sample_rate: int = 8000, seed: int = 0
+) -> Path:
+    """Write `count` triples `<target>_<interferer>_<index>-mixed|-target|-ref.wav` at 0 dB; return `folder`."""
+    for index in range(count):
+        rng = derive(seed, "trial", index)
+        target, interferer = (Voice.number(int(k)) for k in rng.choice(speakers, 2, replace=False))
+        first, second, reference = (int(k) for k in rng.choice(1000, 3, replace=False))
+        wanted = target.say(first, seconds, sample_rate)
+        other = interferer.say(second, seconds, sample_rate)
+        other *= np.linalg.norm(wanted) / np.linalg.norm(other)
+        name = f"{target.name}_{interferer.name}_{index:06d}"
+        gain = 0.5 / np.abs(wanted + other).max()
+        sounds = {
+            "mixed": (wanted + other) * gain,
+            "target": wanted * gain,
+            "ref": target.say(reference, 1.5, sample_rate),
+        }
+        for kind, sound in sounds.items():
+            write_audio(folder / f"{name}-{kind}.wav", sound.astype(np.float32), sample_rate)
+    return folder

@@ -92,36 +92,48 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
 
 
 def _complaint(kind: type[Any], item: Any) -> str:
-    place = [part for part in item["loc"] if not _is_tag(part)]
-    path = ".".join(str(part) for part in place) or "(top level)"
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_at(kind, place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    place, keys = _follow(kind, item["loc"][:-1] if unknown else item["loc"])
+    path = ".".join(str(part) for part in [*place, *(item["loc"][-1:] if unknown else ())]) or "(top level)"
+    context = item.get("ctx", {})
+    if unknown:
+        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
         return f"{path}: unknown key; {hint}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: is required and missing"
-    given = (
-        "" if isinstance(item["input"], dict | list) else f", not {json.dumps(item['input'], default=str)}"
-    )
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        key = context["discriminator"].strip("'")  # or the name of a function, which says nothing to a user
+        path = f"{path}.{key}" if key.isidentifier() else path
+        if "tag" not in context:
+            return f"{path}: is required and missing"
+        return f"{path}: input should be one of {context['expected_tags']}, not {json.dumps(context['tag'])}"
+    if item["type"] == "value_error":
+        return f"{path}: {context['error']}"
+    given = "" if isinstance(item["input"], dict | list) else f", not {json.dumps(item['input'], default=str)}"
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"{path}: {message}{given}"
 
 
-def _is_tag(part: str | int) -> bool:
-    """Say whether a part of an error's place is pydantic's note of a union member rather than a key."""
-    return isinstance(part, str) and not part.isidentifier()
-
-
-def _keys_at(kind: Any, place: Sequence[str | int]) -> list[str]:
-    """Return the keys of the section that stands at `place` below `kind`."""
-    options = _sections(kind)
+def _follow(kind: Any, place: Sequence[str | int]) -> tuple[list[str | int], list[str]]:
+    """Follow an error's place below `kind`; return it without pydantic's tags of union members, and the keys there."""
+    options, path = [kind], []
     for part in place:
-        found = [
-            hint for option in options for name, hint in typing.get_type_hints(option).items() if name == part
-        ]
-        options = [section for hint in found for section in _sections(hint)] or options
-    return [field.name for option in options for field in dataclasses.fields(option)]
+        tagged = [option for option in options if part in _tags(option)] if len(options) > 1 else []
+        if tagged:
+            options = tagged
+            continue
+        found = [hint for option in options for name, hint in typing.get_type_hints(option).items() if name == part]
+        if found or isinstance(part, int):
+            path.append(part)
+            options = [section for hint in found for section in _sections(hint)] or options
+    return path, [field.name for option in options for field in dataclasses.fields(option)]
+
+
+def _tags(section: Any) -> list[Any]:
+    """Return the words by which a section can be told from the other members of a union."""
+    hints = typing.get_type_hints(section).values()
+    return [word for hint in hints if typing.get_origin(hint) is typing.Literal for word in typing.get_args(hint)]
 
 
 def _sections(hint: Any) -> list[Any]:

@@ -15,9 +15,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(
-            f"{path}: cannot be written ({reason}); free space or choose another place"
-        ) from error
+        raise StorageError(f"{path}: cannot be written ({reason}); free space or choose another place") from error
+
+
+def require_writable(path: Path) -> None:
+    """Raise `StorageError` when `path` could not be written, before long work is spent on what goes there."""
+    with storage_errors(path):
+        folder = next(above for above in path.absolute().parents if above.exists())
+        probe = folder / f".{path.name}.{os.getpid()}.part"
+        probe.touch()
+        probe.unlink()
 
 
 def atomic_write(path: Path, data: bytes | Callable[[Path], None], *, durable: bool = True) -> None:

@@ -1,0 +1,273 @@
+"""Training: it learns, it can be killed at any moment and resumed bit for bit, and it survives bad steps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from voices import make_trials
+
+from onevoice.checkpoint import load_checkpoint, load_pickled
+from onevoice.config import from_dict
+from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from onevoice.experiment import Experiment
+from onevoice.tracking import read_rows
+from onevoice.training import Trainer, train
+
+ROOT = Path(__file__).parents[1]
+MODEL = {
+    "name": "spexplus", "sample_rate": 8000, "window_seconds": [0.005, 0.01, 0.02], "filters": 24, "channels": 16,
+    "hidden": 32, "blocks": 3, "stacks": 2, "speaker_dim": 16, "num_classes": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_trials(tmp_path_factory.mktemp("trials"), 24)
+
+
+def settings(trials: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+    """A tiny experiment; `training__epochs=3` sets a key of a section."""
+    values: dict[str, Any] = {
+        "name": "toy",
+        "runs_folder": str(runs),
+        "model": dict(MODEL),
+        "data": {
+            "train": {"folder": str(trials), "segment_seconds": 0.5, "enrollment_seconds": 1.0},
+            "validation": {"folder": str(trials), "limit": 3},
+            "batch_size": 4,
+            "workers": 0,
+        },
+        "scheduler": {"name": "onecycle", "max_learning_rate": 0.003},
+        "training": {"epochs": 2, "save_every_steps": 2, "log_every_steps": 1, "device": "cpu"},
+        "tracking": {"audio_examples": 1},
+    }
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return values
+
+
+def experiment(trials: Path, runs: Path, **changes: Any) -> Experiment:
+    return from_dict(Experiment, settings(trials, runs, **changes))
+
+
+def test_a_run_leaves_what_the_docs_promise(trials: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    folder = train(experiment(trials, tmp_path), echo=lines.append)
+    assert {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "last.resume.pt", "samples"} <= {
+        path.name for path in folder.iterdir()
+    }
+    config = from_dict(Experiment, json.loads((folder / "config.json").read_text()))
+    assert config.model.num_classes == 4  # counted from the data
+    _, card = load_checkpoint(folder / "best.safetensors")
+    assert card.config == config.model
+    assert card.speakers == ("spk000", "spk001", "spk002", "spk003")
+    assert card.facts["step"] in (6, 12)
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "validation/si_sdri_db" in row] == [6, 12]
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert max(rates) == pytest.approx(0.003, rel=0.05)
+    assert rates[-1] < 1e-4
+    assert len(list((folder / "samples").glob("*-estimate.wav"))) == 2
+
+
+def test_a_tiny_model_learns_toy_voices(tmp_path: Path) -> None:
+    """Mean SI-SDRi above 3 dB on new utterances of the training voices, from 0 dB for the mixture."""
+    make_trials(tmp_path / "train", 192, speakers=2, seconds=1.0)
+    make_trials(tmp_path / "validation", 12, speakers=2, seconds=1.0, seed=1)
+    values = settings(tmp_path / "train", tmp_path, data__validation__limit=None, training__epochs=8)
+    values["data"]["validation"]["folder"] = str(tmp_path / "validation")
+    values["data"]["train"]["segment_seconds"] = 1.0
+    values["training"]["save_every_steps"] = 1000
+    trainer = Trainer(from_dict(Experiment, values), echo=lambda line: None)
+    assert trainer.validate()["si_sdri_db"] < 1  # untrained
+    trainer.run()
+    assert trainer.progress.best > 3
+
+
+def _run(arguments: list[str]) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "last.safetensors")[0]
+
+
+def _without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "wall_time"} for row in rows]
+
+
+@pytest.mark.parametrize("scheduler", ["onecycle", "plateau"])
+def test_killed_again_and_again_it_ends_with_the_same_bits(trials: Path, tmp_path: Path, scheduler: str) -> None:
+    """SIGKILL at the 1st, 5th and 9th log line, wherever the process then is; compare with a run left alone."""
+    configs = {}
+    for name in ("whole", "killed"):
+        values = settings(trials, tmp_path, name=name, scheduler={"name": scheduler}, training__epochs=2)
+        configs[name] = tmp_path / f"{name}.json"
+        configs[name].write_text(json.dumps(values))
+    whole = _run(["--c", str(configs["whole"])])
+    log = tmp_path / "killed" / "metrics.jsonl"
+    kills = 0
+    for lines in (1, 5, 9):
+        resume = tmp_path / "killed" / "last.safetensors"
+        again = ["--r", str(resume)] if resume.exists() else []
+        if not again and log.parent.exists():
+            (log.parent / "last.resume.pt").unlink(missing_ok=True)  # killed between its first two writes
+        process = _run(["--c", str(configs["killed"]), *again])
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 3
+    final = _run(["--r", str(tmp_path / "killed" / "last.safetensors")])
+    output, _ = final.communicate()
+    assert final.returncode == 0, output
+    output, _ = whole.communicate()
+    assert whole.returncode == 0, output
+    expected, got = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    states = [load_pickled(tmp_path / name / "last.resume.pt") for name in ("whole", "killed")]
+    assert states[0]["progress"] == states[1]["progress"]
+    logs = [_without_time(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_workers_and_saving_change_nothing(trials: Path, tmp_path: Path) -> None:
+    plain = train(experiment(trials, tmp_path, name="plain"), echo=lambda line: None)
+    other = experiment(trials, tmp_path, name="other", data__workers=2, training__save_every_steps=5)
+    expected, got = _weights(plain), _weights(train(other, echo=lambda line: None))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_time_is_up_and_resumed(trials: Path, tmp_path: Path) -> None:
+    whole = train(experiment(trials, tmp_path, name="whole"), echo=lambda line: None)
+    lines: list[str] = []
+    folder = train(experiment(trials, tmp_path, name="pieces"), minutes=0.0, echo=lines.append)
+    assert lines == [f"time is up at step 1; resume with --r {folder}/last.safetensors"]
+    for _ in range(30):
+        train(experiment(trials, tmp_path, name="pieces"), resume=folder / "last.safetensors", minutes=0.0)
+    expected, got = _weights(whole), _weights(folder)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_used_folder_is_refused(trials: Path, tmp_path: Path) -> None:
+    train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    with pytest.raises(ConfigError, match=r"holds a run already; resume it with --r .*last\.safetensors"):
+        train(experiment(trials, tmp_path), echo=lambda line: None)
+
+
+def test_load_takes_weights_alone(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    lines: list[str] = []
+    trainer = Trainer(experiment(trials, tmp_path, name="second"), echo=lines.append)
+    trainer.load(folder / "best.safetensors")
+    expected = load_checkpoint(folder / "best.safetensors")[0]
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.progress.step == 0
+
+
+def test_load_for_other_speakers_starts_the_classifier_afresh(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    fewer = make_trials(tmp_path / "two", 4, speakers=2)
+    lines: list[str] = []
+    trainer = Trainer(experiment(fewer, tmp_path, name="second"), echo=lines.append)
+    fresh = trainer.model.state_dict()["classifier.weight"].clone()
+    trainer.load(folder / "best.safetensors")
+    assert torch.equal(trainer.model.state_dict()["classifier.weight"], fresh)
+    assert any("the classifier starts fresh" in line for line in lines)
+
+
+class ConfigParser:
+    """Stands for the class that the original system pickled into its checkpoints."""
+
+    def __init__(self) -> None:
+        self.config = {"n_gpu": 1}
+
+
+def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
+    trainer = Trainer(experiment(trials, tmp_path), echo=lambda line: None)
+    state = {f"module.{name}": value + 1 for name, value in trainer.model.state_dict().items()}
+    original = {"arch": "SpExPlus", "epoch": 3, "state_dict": state, "monitor_best": 1.0, "config": ConfigParser()}
+    torch.save(original, tmp_path / "model_best.pth")
+    trainer.load(tmp_path / "model_best.pth")
+    assert all(torch.equal(value, state[f"module.{name}"]) for name, value in trainer.model.state_dict().items())
+
+
+def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    last = folder / "last.safetensors"
+    with pytest.raises(CheckpointError, match=r"other settings \(model\)"):
+        train(experiment(trials, tmp_path, training__epochs=1, model__hidden=40), resume=last)
+    with pytest.raises(CheckpointError, match="shapes the onecycle"):
+        train(experiment(trials, tmp_path, training__epochs=5), resume=last)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        train(experiment(trials, tmp_path), resume=tmp_path / "none.safetensors")
+
+
+def test_nonfinite_steps_are_skipped_counted_and_in_the_end_fatal(trials: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    trainer = Trainer(experiment(trials, tmp_path, training__max_nonfinite_steps=2), echo=lines.append)
+    batch = next(iter(trainer.source.batches(0, 0, 1)))
+    trainer.step(batch)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    poisoned = {**batch, "audio": batch["audio"] * math.nan}
+    trainer.step(poisoned)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert "not finite, step skipped (1 so far)" in lines[-1]
+    assert trainer.step(batch).total.isfinite()
+    trainer.step(poisoned)
+    with pytest.raises(TrainingError, match="no finite loss for 2 steps"):
+        trainer.step(poisoned)
+    assert trainer.progress.skipped_steps == 3
+
+
+def test_early_stop(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self, tracker=None: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
+    lines: list[str] = []
+    folder = train(
+        experiment(trials, tmp_path, training__epochs=5, training__early_stop_epochs=2, training__steps_per_epoch=1),
+        echo=lines.append,
+    )
+    assert lines[-1] == "no better validation for 2 epochs: stopped"
+    assert load_checkpoint(folder / "best.safetensors")[1].facts["best_validation_si_sdri_db"] == 3.0
+    assert load_checkpoint(folder / "best.safetensors")[1].facts["step"] == 2
+    assert load_checkpoint(folder / "last.safetensors")[1].facts["step"] == 4
+
+
+@pytest.mark.parametrize(("precision", "scheduler"), [("bfloat16", "constant"), ("float32", "plateau")])
+def test_precisions_and_schedulers_run(trials: Path, tmp_path: Path, precision: str, scheduler: str) -> None:
+    config = experiment(
+        trials, tmp_path, training__precision=precision, training__epochs=1, scheduler={"name": scheduler}
+    )
+    rows = read_rows(train(config, echo=lambda line: None) / "metrics.jsonl")
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+
+
+def test_too_few_classes(trials: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.num_classes: 2 is too small for the 4 speakers"):
+        Trainer(experiment(trials, tmp_path, model__num_classes=2))
+
+
+def test_a_folder_without_trials(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="holds no trials"):
+        Trainer(experiment(tmp_path, tmp_path))

@@ -1,0 +1,80 @@
+"""A network of a few thousand weights, its checkpoint, its experiment, and commands run in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from onevoice.checkpoint import Card, save_checkpoint
+from onevoice.cli import main
+from onevoice.config import to_dict
+from onevoice.models import SpExPlusConfig, build_model
+
+ROOT = Path(__file__).parents[1]
+TINY = SpExPlusConfig(
+    sample_rate=8000, window_seconds=(0.005, 0.01, 0.02), filters=8, channels=8, hidden=8,
+    blocks=2, stacks=1, speaker_dim=8, num_classes=4,
+)  # fmt: skip
+SPEAKERS = ("spk000", "spk001", "spk002", "spk003")
+
+
+def save_tiny(path: Path, config: SpExPlusConfig = TINY) -> Path:
+    """Write a checkpoint of fresh weights, always the same ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_checkpoint(path, build_model(config).state_dict(), Card(config, SPEAKERS, {"step": 3}))
+    return path
+
+
+def write_experiment(path: Path, trials: Path, **changes: Any) -> Path:
+    """Write an experiment of two epochs of two steps; `training={...}` changes keys of a section."""
+    values: dict[str, Any] = {
+        "name": "toy",
+        "runs_folder": str(path.parent / "runs"),
+        "model": {**to_dict(TINY), "num_classes": 0},
+        "data": {
+            "train": {"folder": str(trials), "segment_seconds": 0.5, "enrollment_seconds": 1.0},
+            "validation": {"folder": str(trials), "limit": 2},
+            "batch_size": 4,
+            "workers": 0,
+        },
+        "training": {"epochs": 2, "log_every_steps": 1, "device": "cpu"},
+        "tracking": {"audio_examples": 1},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    path.write_text(json.dumps(values))
+    return path
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
+    """Run `onevoice ARGUMENTS` in this process."""
+    capsys.readouterr()
+    status = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 1
+    return Outcome(status, *capsys.readouterr())
+
+
+def process(arguments: Sequence[object], prepare: Any = None, **environment: str) -> Outcome:
+    """Run a command line that begins with a Python script or `-m`; `prepare` runs in the child first."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
+        capture_output=True, text=True, check=False, preexec_fn=prepare,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
