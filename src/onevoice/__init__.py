@@ -1,1 +1,42 @@
-"""Target speaker extraction: a recording of several people and a few seconds of one in, that voice out."""
+"""Target speaker extraction: a recording of several people and a few seconds of one in, that voice out.
+
+    import onevoice
+
+    extractor = onevoice.load("best.safetensors")
+    voice = extractor.extract(mixture, 16_000, enrollment, 16_000)
+
+The public names below are loaded when first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onevoice.errors import OnevoiceError as OnevoiceError
+    from onevoice.extraction import Extractor as Extractor
+    from onevoice.extraction import load as load
+    from onevoice.loss import MultiLoss as MultiLoss
+    from onevoice.mixture import MixtureGenerator as MixtureGenerator
+    from onevoice.models import SpExPlus as SpExPlus
+    from onevoice.models import SpExPlusConfig as SpExPlusConfig
+
+_PLACES = {
+    "Extractor": "onevoice.extraction",
+    "MixtureGenerator": "onevoice.mixture",
+    "MultiLoss": "onevoice.loss",
+    "OnevoiceError": "onevoice.errors",
+    "SpExPlus": "onevoice.models",
+    "SpExPlusConfig": "onevoice.models",
+    "load": "onevoice.extraction",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'onevoice' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])
