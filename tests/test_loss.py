@@ -1,5 +1,7 @@
 """MultiLoss against its formula, and SI-SDR against signals with a known value and an outside implementation."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,7 +9,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from onevoice.config import from_dict
 from onevoice.errors import ConfigError
-from onevoice.loss import UNKNOWN_SPEAKER, MultiLoss, si_sdr
+from onevoice.loss import UNKNOWN_SPEAKER, MultiLoss, si_sdr, suppression
 from onevoice.models import Prediction
 
 
@@ -52,9 +54,30 @@ def test_silence_is_finite_with_a_finite_gradient() -> None:
         assert gradient.isfinite().all()
 
 
-def test_a_silent_target_drives_the_estimate_to_silence() -> None:
-    estimate = noise(1, 500)
-    assert si_sdr(0.1 * estimate, torch.zeros(1, 500)) > si_sdr(estimate, torch.zeros(1, 500)) + 19
+def test_limited_si_sdr_follows_its_formula() -> None:
+    target, error = noise(1, 4000), noise(1, 4000, seed=1)
+    for level in (1.0, 0.1, 0.001, 0.0):
+        plain = si_sdr(target + level * error, target).double()
+        expected = -10 * torch.log10(10 ** (-plain / 10) + 10**-3.0)
+        limited = si_sdr(target + level * error, target, limit_db=30.0).double()
+        torch.testing.assert_close(limited, expected, atol=1e-3, rtol=0)
+
+
+def test_items_without_their_target_are_pressed_below_the_mixture() -> None:
+    mixture = noise(2, 800, seed=4)
+    for gain in (1.0, 0.1, 0.0):
+        expected = torch.full((2,), -10 * math.log10(gain**2 + 0.001))
+        torch.testing.assert_close(suppression(gain * mixture, mixture), expected)
+    predicted = prediction(batch=2)
+    target = torch.stack([noise(800, seed=5), torch.zeros(800)])
+    unknown = torch.full((2,), UNKNOWN_SPEAKER)
+    terms = MultiLoss()(predicted, target, unknown, None, mixture)
+    parts = [
+        (si_sdr(e[:1], target[:1])[0] + suppression(e[1:], mixture[1:])[0]) / 2 for e in predicted["predicted_audio"]
+    ]
+    torch.testing.assert_close(terms.total, -(0.8 * parts[0] + 0.1 * parts[1] + 0.1 * parts[2]))
+    torch.testing.assert_close(terms.si_sdr, si_sdr(predicted["predicted_audio"][0][:1], target[:1])[0])
+    assert MultiLoss()(predicted, target * 0, unknown).total == 0
 
 
 def prediction(batch: int = 3, classes: int = 4) -> Prediction:

@@ -17,23 +17,28 @@ UNKNOWN_SPEAKER = -1
 """The class index of a speaker that the classifier does not know; such items add no cross-entropy."""
 
 
+ABSENT_LIMIT_DB = 30.0
+"""Suppression of an absent target's estimate beyond which nothing is gained."""
+
+
 class LossTerms(NamedTuple):
     """The loss and its parts, each a scalar tensor."""
 
     total: Float[Tensor, ""]
     si_sdr: Float[Tensor, ""]
-    """Mean SI-SDR of the first estimate in dB; higher is better."""
+    """Mean SI-SDR of the first estimate in dB over the items whose target speaks; higher is better."""
     cross_entropy: Float[Tensor, ""]
     """Mean cross-entropy in nats over the items whose speaker is known; 0 where there is none."""
 
 
-def si_sdr(estimate: Wave, target: Wave, length: Lengths | None = None, eps: float = 1e-8) -> Float[Tensor, " batch"]:
+def si_sdr(
+    estimate: Wave, target: Wave, length: Lengths | None = None, limit_db: float | None = None, eps: float = 1e-8
+) -> Float[Tensor, " batch"]:
     """Return the SI-SDR of each item in dB, differentiable; higher is better.
 
-    Both signals are centred over their valid samples and padding counts for nothing. `eps` bounds the value and
-    its gradient: a silent target gives −10 log10 of the estimate's energy plus a constant, so that the loss then
-    drives the estimate to silence; a perfect estimate gives a large finite value. Source: Le Roux et al., "SDR –
-    half-baked or well done?", arXiv 1811.02508, eq. 3–5.
+    Both signals are centred over their valid samples and padding counts for nothing. `limit_db` is the value that a
+    perfect estimate approaches (as in Wisdom et al., arXiv 2006.12701, eq. 2), and `eps` keeps silence finite.
+    Source: Le Roux et al., "SDR – half-baked or well done?", arXiv 1811.02508, eq. 3–5.
     """
     estimate, target = estimate.float(), target.float()
     valid = valid_mask(target.shape[1], length, target)
@@ -49,12 +54,28 @@ def si_sdr(estimate: Wave, target: Wave, length: Lengths | None = None, eps: flo
     projection = scale * target
     signal_energy = projection.square().sum(1)
     error_energy = (estimate - projection).square().sum(1)
+    if limit_db is not None:
+        error_energy = error_energy + 10 ** (-limit_db / 10) * signal_energy
     return 10 * (torch.log10(signal_energy + eps) - torch.log10(error_energy + eps))
+
+
+def suppression(estimate: Wave, mixture: Wave, limit_db: float = ABSENT_LIMIT_DB) -> Float[Tensor, " batch"]:
+    """Return how far each estimate lies below its mixture in dB, up to `limit_db`; for items without their target.
+
+    −10 log10(|e|² / |x|² + 10^(−limit_db / 10)): the energy of what should be silent, bounded, so that it cannot
+    outweigh the items whose target speaks.
+    """
+    estimate, mixture = estimate.float(), mixture.float()
+    ratio = estimate.square().sum(1) / mixture.square().sum(1).clamp(min=1e-8)
+    return -10 * torch.log10(ratio + 10 ** (-limit_db / 10))
 
 
 @dataclass(frozen=True, config=STRICT)
 class MultiLoss:
-    """−((1−alpha−beta) SI-SDR_short + alpha SI-SDR_middle + beta SI-SDR_long) + lambd · cross-entropy."""
+    """−((1−alpha−beta) SI-SDR_short + alpha SI-SDR_middle + beta SI-SDR_long) + lambd · cross-entropy.
+
+    Where the target is silent, `suppression` stands in for the SI-SDR of each scale.
+    """
 
     alpha: Weight = 0.1
     """Weight of the middle decoder's SI-SDR."""
@@ -62,6 +83,8 @@ class MultiLoss:
     """Weight of the long decoder's SI-SDR."""
     lambd: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the speaker classification."""
+    limit_db: Annotated[float, Field(gt=0)] | None = None
+    """SI-SDR that no item can pass, softly; needed where mixtures are the target alone. Null is the paper's loss."""
 
     def __post_init__(self) -> None:
         """Check that the short decoder keeps some weight."""
@@ -74,9 +97,18 @@ class MultiLoss:
         target: Wave,
         speaker: Int[Tensor, " batch"],
         length: Lengths | None = None,
+        mixture: Wave | None = None,
     ) -> LossTerms:
-        """Return the loss of a batch. `speaker` holds class indices, `UNKNOWN_SPEAKER` where there is none."""
-        scales = torch.stack([si_sdr(e, target, length).mean() for e in prediction["predicted_audio"]])
+        """Return the loss of a batch. `speaker` holds class indices, `UNKNOWN_SPEAKER` where there is none.
+
+        `mixture` is needed only for items without their target; they add nothing where it is not given.
+        """
+        present = target.abs().amax(1) > 0
+        values = []
+        for estimate in prediction["predicted_audio"]:
+            absent = target.new_zeros(len(target)) if mixture is None else suppression(estimate, mixture)
+            values.append(torch.where(present, si_sdr(estimate, target, length, self.limit_db), absent))
+        scales = torch.stack(values)
         weights = scales.new_tensor([1 - self.alpha - self.beta, self.alpha, self.beta])
         known = (speaker != UNKNOWN_SPEAKER).sum().clamp(min=1)
         cross_entropy = (
@@ -85,4 +117,5 @@ class MultiLoss:
             )
             / known
         )
-        return LossTerms(self.lambd * cross_entropy - (weights * scales).sum(), scales[0], cross_entropy)
+        mean_si_sdr = (scales[0] * present).sum() / present.sum().clamp(min=1)
+        return LossTerms(self.lambd * cross_entropy - weights @ scales.mean(1), mean_si_sdr, cross_entropy)

@@ -147,9 +147,8 @@ class Trainer:
         precision = PRECISIONS[experiment.training.precision]
         with torch.autocast(self.device.type, precision, enabled=precision is not torch.float32):
             prediction = self.model(inputs)
-        terms = experiment.loss(
-            prediction, target, batch["speaker"].to(self.device, non_blocking=True), inputs.get("audio_length")
-        )
+        speaker = batch["speaker"].to(self.device, non_blocking=True)
+        terms = experiment.loss(prediction, target, speaker, inputs.get("audio_length"), inputs["audio"])
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(terms.total).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
