@@ -31,6 +31,7 @@ from onevoice.corpus import list_corpus
 from onevoice.dataset import TrialDataset, collate, find_trials
 from onevoice.dynamic import ChannelStep, Drawer, MixingStep, NoiseStep, ReverbStep
 from onevoice.loss import MultiLoss
+from onevoice.memory import keep_freed_memory
 from onevoice.models import SpExPlusConfig, build_model
 from onevoice.packed import PackedCorpus
 from onevoice.packing import pack_corpus
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as data loader workers do
     with tempfile.TemporaryDirectory() as folder:
         packs = toy_packs(Path(folder))
         speech = packs["speech"] if options.pack is None else PackedCorpus.open(options.pack)

@@ -14,17 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from voices import make_trials
-
-from onevoice.checkpoint import Card
-from onevoice.evaluation import EvaluationConfig, evaluate
-from onevoice.extraction import Extractor
-from onevoice.models import SpExPlusConfig, build_model
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,6 +22,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2, os.cpu_count() or 1])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    import torch  # here, so that the worker processes, which import this file, do without
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from voices import make_trials
+
+    from onevoice.checkpoint import Card
+    from onevoice.evaluation import EvaluationConfig, evaluate
+    from onevoice.extraction import Extractor
+    from onevoice.models import SpExPlusConfig, build_model
+
     torch.set_num_threads(1)
     config = SpExPlusConfig(
         window_seconds=(0.02, 0.04, 0.08), filters=8, channels=8, hidden=8, blocks=1, stacks=1, speaker_dim=8

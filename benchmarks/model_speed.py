@@ -16,6 +16,7 @@ import torch
 from plain_layers import PlainSpExPlus
 
 from onevoice.loss import MultiLoss
+from onevoice.memory import keep_freed_memory
 from onevoice.models import Network, SpExPlusConfig, build_model
 
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as training does; it serves both columns
     torch.manual_seed(0)
     print(f"batch {options.batch} × {options.seconds:g} s, {options.threads} threads, torch {torch.__version__}")
     print(f"{'rate':>6}  {'pass':14}{'onevoice':>12}{'plain':>12}{'ratio':>8}   (seconds of audio per second)")

@@ -11,14 +11,14 @@ from tiny import ROOT, process
 SOURCE = ROOT / "src" / "onevoice"
 FLOORS = [
     # words
-    "errors", "units", "rng", "files", "config", "workers", "audio",
+    "errors", "units", "memory", "rng", "files", "config", "workers", "audio",
     # data: the speech we have, how trials are drawn and rendered
     "silence", "loudness", "rooms", "recordings", "layouts", "corpus", "manifest", "mixing_law", "mixture",
     "packed", "packing", "dynamic", "dataset", "protocols",
     # networks
     "models.base", "models.layers", "models.speaker", "models.spexplus", "models",
     # what both meet in
-    "rendering", "loss", "metrics", "checkpoint",
+    "rendering", "loss", "metrics", "scoring", "checkpoint",
     # using and judging, which never import learning
     "extraction", "streaming", "export", "evaluation", "report",
     # learning

@@ -51,3 +51,15 @@ def test_it_can_be_left_early() -> None:
 def test_a_dead_worker_is_one_clear_error() -> None:
     with pytest.raises(OnevoiceError, match="a worker process died"):
         list(ordered_map(dying, range(3), 2))
+
+
+def asking() -> Callable[[str], str | None]:
+    return os.environ.get
+
+
+def test_each_process_has_one_thread_and_the_parent_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    assert list(ordered_map(asking, ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"], 2)) == ["1", "1"]
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "OPENBLAS_NUM_THREADS" not in os.environ

@@ -17,15 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as section
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from onevoice.audio import Mono
 from onevoice.config import STRICT
 from onevoice.dataset import EpochSampler, TrialBatch, TrialDataset, collate, read_batches
 from onevoice.errors import ConfigError, MissingDependencyError
@@ -34,15 +32,13 @@ from onevoice.files import atomic_write
 from onevoice.metrics import (
     FAILURE_DB,
     MetricName,
-    Score,
     Summary,
-    attenuation_db,
     failure_rate,
-    score_trial,
     summarize,
 )
 from onevoice.models import ModelConfig
 from onevoice.protocols import FolderProtocol, ProtocolConfig, open_protocol
+from onevoice.scoring import Estimated, TrialScore, score
 from onevoice.workers import ordered_map
 
 METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
@@ -73,18 +69,6 @@ class EvaluationConfig:
         if (self.data_dir is None) == (self.data is None):
             raise ConfigError("data_dir, data: set one of them; trials come from a folder or from a protocol")
         return self.data or FolderProtocol(str(self.data_dir))
-
-
-@dataclass(frozen=True)
-class TrialScore:
-    """The scores of one trial. A value is None where the metric refused it, and `refusals` says why."""
-
-    name: str
-    seconds: float
-    values: dict[MetricName, float | None]
-    refusals: dict[MetricName, str]
-    attenuation_db: float | None = None
-    """Only for trials without their target: how much quieter the estimate is than the mixture."""
 
 
 @dataclass(frozen=True)
@@ -165,25 +149,6 @@ def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool =
         opened.left_out,
         opened.notes,
     )
-
-
-class Estimated(NamedTuple):
-    """One trial with what the network made of it, at one rate."""
-
-    name: str
-    estimate: Mono
-    target: Mono
-    mixture: Mono
-
-
-def score(trial: Estimated, sample_rate: int, metrics: Sequence[MetricName]) -> TrialScore:
-    """Score one trial; run in a worker process."""
-    name, estimate, target, mixture = trial
-    seconds = len(target) / sample_rate
-    if not np.ptp(target) > 0:
-        return TrialScore(name, seconds, {}, {}, attenuation_db(mixture, estimate))
-    result: Score = score_trial(estimate, target, mixture, sample_rate, metrics)
-    return TrialScore(name, seconds, result.values, result.refusals)
 
 
 def save_report(report: Report, path: Path, about: Mapping[str, Any]) -> Path:

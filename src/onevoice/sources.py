@@ -16,6 +16,7 @@ from onevoice.dataset import EpochSampler, TrialBatch, TrialDataset, collate, re
 from onevoice.dynamic import Drawer
 from onevoice.errors import ConfigError
 from onevoice.experiment import DataConfig, DynamicTrials, Trials
+from onevoice.memory import keep_freed_memory
 from onevoice.models import Batch
 from onevoice.packed import PackedCorpus
 from onevoice.protocols import open_protocol
@@ -166,9 +167,14 @@ def _loader(
         batch_sampler=sampler,
         num_workers=data.workers,
         collate_fn=_collate,
+        worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that worker start-up leaves torch's generator alone
     )
+
+
+def _start_worker(number: int) -> None:
+    keep_freed_memory()
 
 
 def _collate(items: Any) -> TrialBatch:

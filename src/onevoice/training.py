@@ -39,6 +39,7 @@ from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.experiment import Experiment, OneCycleConfig
 from onevoice.files import atomic_write
 from onevoice.loss import LossTerms, si_sdr
+from onevoice.memory import keep_freed_memory
 from onevoice.models import Network, build_model
 from onevoice.optim import build_optimizer, build_scheduler
 from onevoice.rng import derive_seed
@@ -80,6 +81,7 @@ def train(
     `resume` names a checkpoint of this experiment to go on from; `load` one whose weights alone are taken.
     Raises `ConfigError`, `CorpusError`, `CheckpointError`, `TrainingError` or `StorageError`.
     """
+    keep_freed_memory()
     trainer = Trainer(experiment, echo)
     if resume is not None:
         trainer.restore(resume)

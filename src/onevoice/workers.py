@@ -1,15 +1,17 @@
 """Work spread over processes whose results come back in order.
 
 Processes are spawned, so nothing of the parent's threads or open files leaks into them, and what they do must be
-importable. They die with their parent, even one that was killed.
+importable. They die with their parent, even one that was killed. Their numerical libraries use one thread each: the
+work is spread over the cores already, and threads on top of it only stand in each other's way.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -20,6 +22,7 @@ from onevoice.errors import OnevoiceError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 AHEAD = 4
 """Items in the hands of each worker, so that none waits for the slowest."""
 
@@ -42,7 +45,8 @@ def ordered_map(
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(_do, item))
+            with _one_thread_each():  # the pool starts its processes as work comes in
+                pending.append(pool.submit(_do, item))
             if len(pending) >= AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
@@ -54,6 +58,21 @@ def ordered_map(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Set what the numerical libraries of processes started inside read, and restore it after."""
+    before = {name: os.environ.get(name) for name in THREAD_LIMITS}
+    os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start(make_work: Callable[[], Callable[[Any], Any]]) -> None:
