@@ -240,6 +240,13 @@ def test_nonfinite_steps_are_skipped_counted_and_in_the_end_fatal(trials: Path, 
     assert trainer.progress.skipped_steps == 3
 
 
+def test_gradients_are_clipped(trials: Path, tmp_path: Path) -> None:
+    trainer = Trainer(experiment(trials, tmp_path, training__clip_gradient_norm=0.01), echo=lambda line: None)
+    trainer.step(next(iter(trainer.source.batches(0, 0, 1))))
+    norm = torch.stack([parameter.grad.norm() for parameter in trainer.model.parameters()]).norm()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
 def test_early_stop(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
     monkeypatch.setattr(Trainer, "validate", lambda self, tracker=None: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
