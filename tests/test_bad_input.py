@@ -379,7 +379,12 @@ def test_devices_that_are_not_there(home: Home, capsys: pytest.CaptureFixture[st
     for verb in ("extract", "eval"):
         for device in ("cuda", "gpu"):
             fails(capsys, home, [*home.arguments(verb), "--device", device], f"device: '{device}' is not there")
-    fails(capsys, home, [*home.arguments("train"), "--set", "training.device=cuda"], "training.device: cuda")
+    fails(
+        capsys,
+        home,
+        [*home.arguments("train"), "--set", "training.device=cuda"],
+        "training.device: 'cuda' is not there",
+    )
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ FLOORS = [
     # what both meet in
     "rendering", "loss", "metrics", "scoring", "checkpoint",
     # using and judging, which never import learning
-    "extraction", "streaming", "export", "evaluation", "report",
+    "devices", "extraction", "streaming", "export", "evaluation", "report",
     # learning
     "tracking", "experiment", "optim", "sources", "training",
     # on top
@@ -137,7 +137,7 @@ def test_data_know_nothing_of_networks(name: str) -> None:
     assert not {each for each in reaches(name) if each.split(".")[0] in {"models", "loss", "checkpoint", *LEARNING}}
 
 
-@pytest.mark.parametrize("name", ["extraction", "streaming", "export", "evaluation", "report", "checkpoint"])
+@pytest.mark.parametrize("name", ["devices", "extraction", "streaming", "export", "evaluation", "report", "checkpoint"])
 def test_using_and_judging_never_import_learning(name: str) -> None:
     if name in modules():
         assert not reaches(name) & LEARNING

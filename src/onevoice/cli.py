@@ -167,7 +167,7 @@ def eval_(
         output: Write the result as JSON here and one row per trial as CSV beside it.
         limit: Use only the first trials by name.
         metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
-        device: Where the network runs: cpu, cuda, …
+        device: Where the network runs: cpu, cuda, …; auto takes the best there is.
     """
     from onevoice.config import load_config, to_dict
     from onevoice.evaluation import EvaluationConfig, evaluate, format_report, require_metrics, save_report
@@ -213,7 +213,7 @@ def extract(
     checkpoint: Path,
     residual: Path | None = None,
     config: Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])] = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Extract the voice of ENROLLMENT from MIXTURE into OUTPUT, at the mixture's rate and level, mono.
 
@@ -224,7 +224,7 @@ def extract(
         checkpoint: The model, usually a run's best.safetensors.
         residual: Also write what is left: mixture minus output.
         config: A config as for eval whose section `model` says what a .pth checkpoint is; others say so themselves.
-        device: Where the network runs: cpu, cuda, …
+        device: Where the network runs: cpu, cuda, …; auto takes the best there is.
     """
     from onevoice.audio import require_writable_format
     from onevoice.extraction import extract_file, load

@@ -59,7 +59,8 @@ class EvaluationConfig:
     limit: Count | None = None
     """Use only the first trials: of a folder by name, of a protocol in its order."""
     metrics: tuple[MetricName, ...] = METRIC_NAMES
-    device: str = "cpu"
+    device: str = "auto"
+    """Where the network runs: cpu, cuda, …; auto takes the best there is."""
     model: ModelConfig | None = None
     """Needed only for checkpoints that do not say which model they are (`.pth`)."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from onevoice.audio import Mono, read_audio, require_finite, require_sound, resample, to_mono, write_audio
 from onevoice.checkpoint import Card, load_model
+from onevoice.devices import pick_device
 from onevoice.errors import AudioError, ConfigError
 from onevoice.models import Batch, ModelConfig, Network
 
@@ -83,18 +84,12 @@ class Extractor:
         return match_level(fit_length(estimate, len(mixture)), mixture)
 
 
-def load(checkpoint: str | Path, config: ModelConfig | None = None, device: str = "cpu") -> Extractor:
+def load(checkpoint: str | Path, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
     """Load a checkpoint for use; `config` names the model for `.pth` files, which do not.
 
     Raises `CheckpointError`, and `ConfigError` for a device that torch does not know or has not got.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device: {device!r} is not there for torch; choose cpu, or cuda where there is one"
-        ) from error
-    return Extractor(*load_model(checkpoint, config, device))
+    return Extractor(*load_model(checkpoint, config, pick_device(device)))
 
 
 def extract_file(

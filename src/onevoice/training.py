@@ -35,6 +35,7 @@ from onevoice.checkpoint import (
 )
 from onevoice.config import to_dict
 from onevoice.dataset import TrialBatch
+from onevoice.devices import pick_device
 from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.experiment import Experiment, OneCycleConfig
 from onevoice.files import atomic_write
@@ -98,7 +99,7 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, echo: Callable[[str], None] = print) -> None:
         self.echo = echo
-        self.device = pick_device(experiment.training.device)
+        self.device = pick_device(experiment.training.device, "training.device")
         rate, seed = experiment.model.sample_rate, experiment.seed
         self.source = open_source(experiment.data, rate, seed, self.device)
         self.validation = ValidationTrials(experiment.data, rate, seed, self.device)
@@ -351,15 +352,6 @@ class Trainer:
                 f"no finite loss for {most} steps (last batch: {', '.join(batch['name'][:3])}, …); "
                 "lower optimizer.learning_rate or use training.precision float32"
             )
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a config; "auto" takes CUDA, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device: cuda was asked for and torch sees no such device; use auto or cpu")
-    return torch.device(name)
 
 
 def _with_classes(experiment: Experiment, speakers: int) -> Experiment:
