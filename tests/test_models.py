@@ -93,6 +93,7 @@ def test_padding_and_neighbours_do_not_matter(model: Network, ref_samples: int) 
     torch.testing.assert_close(together["predicted_logits"][1], alone["predicted_logits"][0], atol=2e-5, rtol=1e-4)
     for padded, single in zip(together["predicted_audio"], alone["predicted_audio"], strict=True):
         torch.testing.assert_close(padded[1, :603], single[0], atol=2e-5, rtol=1e-4)
+        assert padded[1, 603:].abs().max() == 0
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from voices import make_trials
 
+from onevoice.audio import write_audio
 from onevoice.checkpoint import load_checkpoint, load_pickled
 from onevoice.config import from_dict
 from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
@@ -217,10 +220,74 @@ def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
     last = folder / "last.safetensors"
     with pytest.raises(CheckpointError, match=r"other settings \(model\)"):
         train(experiment(trials, tmp_path, training__epochs=1, model__hidden=40), resume=last)
-    with pytest.raises(CheckpointError, match="shapes the onecycle"):
+    with pytest.raises(CheckpointError, match=r"other settings \(training\.epochs\)"):
         train(experiment(trials, tmp_path, training__epochs=5), resume=last)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         train(experiment(trials, tmp_path), resume=tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data__batch_size", 2), ("training__steps_per_epoch", 3), ("training__precision", "bfloat16"), ("seed", 5)],
+)
+def test_resume_refuses_what_would_change_the_run(trials: Path, tmp_path: Path, key: str, value: Any) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    with pytest.raises(CheckpointError, match=rf"other settings \({key.replace('__', '.')}\)"):
+        train(experiment(trials, tmp_path, training__epochs=1, **{key: value}), resume=folder / "last.safetensors")
+
+
+def test_resume_knows_the_data_wherever_they_lie(trials: Path, tmp_path: Path) -> None:
+    first = experiment(trials, tmp_path, training__epochs=1)
+    folder = train(first, echo=lambda line: None)
+    shutil.copytree(trials, tmp_path / "moved")
+    moved = experiment(tmp_path / "moved", tmp_path, training__epochs=1)
+    train(moved, resume=folder / "last.safetensors", echo=lambda line: None)
+    for path in sorted((tmp_path / "moved").glob("*_000003-*")):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="the training data"):
+        train(moved, resume=folder / "last.safetensors", echo=lambda line: None)
+
+
+def test_a_moved_run_goes_on_where_it_lies(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path / "a"), minutes=0.0, echo=lambda line: None)
+    (tmp_path / "b").mkdir()
+    folder.rename(tmp_path / "b" / "toy")
+    train(
+        experiment(trials, tmp_path / "a"), resume=tmp_path / "b" / "toy" / "last.safetensors", echo=lambda line: None
+    )
+    assert load_checkpoint(tmp_path / "b" / "toy" / "last.safetensors")[1].facts["step"] == 12
+    assert not folder.exists()
+
+
+def test_resuming_a_run_that_stopped_early_changes_nothing(trials: Path, tmp_path: Path) -> None:
+    config = experiment(
+        trials, tmp_path, training__epochs=5, training__early_stop_epochs=1, optimizer={"learning_rate": 1e-12},
+        scheduler={"name": "constant"},
+    )  # fmt: skip
+    last = train(config, echo=lambda line: None) / "last.safetensors"
+    before = last.read_bytes()
+    lines: list[str] = []
+    train(config, resume=last, echo=lines.append)
+    assert last.read_bytes() == before
+    assert lines[-1] == "no better validation for 1 epochs: stopped"
+
+
+def test_validation_scores_trials_whose_target_speaks(trials: Path, tmp_path: Path) -> None:
+    shutil.copytree(trials, tmp_path / "some")
+    names = sorted({path.name.rsplit("-", 1)[0] for path in (tmp_path / "some").iterdir()})
+    write_audio(tmp_path / "some" / f"{names[1]}-target.wav", np.zeros(8000, np.float32), 8000)
+    with_absent = Trainer(experiment(tmp_path / "some", tmp_path), echo=lambda line: None).validate()
+    assert with_absent.pop("absent_suppression_db") < 30
+    for name in (names[1],):
+        for path in (tmp_path / "some").glob(f"{name}-*"):
+            path.unlink()
+    without = experiment(tmp_path / "some", tmp_path, data__validation__limit=2)
+    trainer = Trainer(without, echo=lambda line: None)
+    assert with_absent == pytest.approx(trainer.validate(), abs=1e-4)
+    for path in (tmp_path / "some").glob("*-target.wav"):
+        write_audio(path, np.zeros(8000, np.float32), 8000)
+    with pytest.raises(CorpusError, match="the target speaks in none"):
+        trainer.validate()
 
 
 def test_nonfinite_steps_are_skipped_counted_and_in_the_end_fatal(trials: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A complete experiment as one frozen config: what `train.py --c FILE` reads and a run folder keeps."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -159,3 +160,29 @@ class Experiment:
     scheduler: SchedulerConfig = OneCycleConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+
+LASTING = (
+    *("model", "loss", "optimizer", "scheduler", "seed", "data.batch_size", "data.train.segment_seconds"),
+    *("data.train.enrollment_seconds", "data.train.limit", "data.train.examples_per_epoch", "data.train.mixing"),
+    *("data.train.noise", "data.train.reverb", "data.train.channel"),
+    *("training.steps_per_epoch", "training.precision", "training.clip_gradient_norm"),
+)
+"""The settings that a resumed run shares with the run it goes on from; folders may have moved."""
+
+
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return which lasting settings differ between two experiments, given as plain JSON values."""
+
+    def at(experiment: Mapping[str, Any], key: str) -> Any:
+        node: Any = experiment
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node
+
+    keys = [*LASTING, *(["training.epochs"] if now["scheduler"]["name"] == "onecycle" else [])]  # they shape the cycle
+    return [key for key in keys if _without_places(at(saved, key)) != _without_places(at(now, key))]
+
+
+def _without_places(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "pack"} if isinstance(value, Mapping) else value

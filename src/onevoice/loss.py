@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from onevoice.config import STRICT
-from onevoice.models.base import Lengths, Prediction, Wave, valid_mask
+from onevoice.models.base import Lengths, Prediction, Wave, valid_mask, zero_padding
 
 Weight = Annotated[float, Field(ge=0, le=1)]
 UNKNOWN_SPEAKER = -1
@@ -59,13 +59,15 @@ def si_sdr(
     return 10 * (torch.log10(signal_energy + eps) - torch.log10(error_energy + eps))
 
 
-def suppression(estimate: Wave, mixture: Wave, limit_db: float = ABSENT_LIMIT_DB) -> Float[Tensor, " batch"]:
+def suppression(
+    estimate: Wave, mixture: Wave, length: Lengths | None = None, limit_db: float = ABSENT_LIMIT_DB
+) -> Float[Tensor, " batch"]:
     """Return how far each estimate lies below its mixture in dB, up to `limit_db`; for items without their target.
 
     −10 log10(|e|² / |x|² + 10^(−limit_db / 10)): the energy of what should be silent, bounded, so that it cannot
     outweigh the items whose target speaks.
     """
-    estimate, mixture = estimate.float(), mixture.float()
+    estimate, mixture = zero_padding(estimate.float(), length), zero_padding(mixture.float(), length)
     ratio = estimate.square().sum(1) / mixture.square().sum(1).clamp(min=1e-8)
     return -10 * torch.log10(ratio + 10 ** (-limit_db / 10))
 
@@ -106,7 +108,7 @@ class MultiLoss:
         present = target.abs().amax(1) > 0
         values = []
         for estimate in prediction["predicted_audio"]:
-            absent = target.new_zeros(len(target)) if mixture is None else suppression(estimate, mixture)
+            absent = target.new_zeros(len(target)) if mixture is None else suppression(estimate, mixture, length)
             values.append(torch.where(present, si_sdr(estimate, target, length, self.limit_db), absent))
         scales = torch.stack(values)
         weights = scales.new_tensor([1 - self.alpha - self.beta, self.alpha, self.beta])

@@ -3,6 +3,8 @@
 A `Source` gives the batches of any epoch, from any step of it on, as a function of (seed, epoch, step) alone.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -31,6 +33,8 @@ class Source(ABC):
     speakers: list[str]
     """Names of the training speakers, in the order of the classifier."""
     steps_per_epoch: int
+    digest: str
+    """Says whether the data of two runs are the same, wherever they lie."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
@@ -74,6 +78,7 @@ class TrialSource(Source):
             trials, sample_rate, self.speakers, chosen.segment_seconds, chosen.enrollment_seconds, seed
         )
         self.data, self.seed, self.device = data, seed, device
+        self.digest = hashlib.sha256("\n".join(trial.name for trial in trials).encode()).hexdigest()
         self.steps_per_epoch = len(EpochSampler(len(trials), data.batch_size, seed, 0))
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
@@ -100,6 +105,8 @@ class DynamicSource(Source):
             seed,
         )
         self.speakers = list(speech.speakers)
+        packs = (speech, *(part[1] for part in (self.drawer.noise, self.drawer.reverb) if part is not None))
+        self.digest = hashlib.sha256(json.dumps([pack.header["sha256"] for pack in packs]).encode()).hexdigest()
         self.data, self.seed, self.device = data, seed, device
         self.steps_per_epoch = max(1, trials.examples_per_epoch // data.batch_size)
         self.renderer = Renderer(self.drawer, device) if trials.on_device else None

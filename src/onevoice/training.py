@@ -36,10 +36,10 @@ from onevoice.checkpoint import (
 from onevoice.config import to_dict
 from onevoice.dataset import TrialBatch
 from onevoice.devices import pick_device
-from onevoice.errors import CheckpointError, ConfigError, TrainingError
-from onevoice.experiment import Experiment, OneCycleConfig
+from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from onevoice.experiment import Experiment, changed_settings
 from onevoice.files import atomic_write
-from onevoice.loss import LossTerms, si_sdr
+from onevoice.loss import LossTerms, si_sdr, suppression
 from onevoice.memory import keep_freed_memory
 from onevoice.models import Network, build_model
 from onevoice.optim import build_optimizer, build_scheduler
@@ -85,13 +85,20 @@ def train(
     keep_freed_memory()
     trainer = Trainer(experiment, echo)
     if resume is not None:
+        trainer.folder = Path(resume).parent  # wherever the run has been moved to
         trainer.restore(resume)
     else:
         trainer.refuse_used_folder()
         if load is not None:
             trainer.load(load)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    return trainer.run(deadline)
+    try:
+        return trainer.run(deadline)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory on {trainer.device} at step {trainer.progress.step}; lower data.batch_size or the "
+            f"lengths of the data, and resume with --r {trainer.folder}/last.safetensors"
+        ) from error
 
 
 class Trainer:
@@ -130,14 +137,14 @@ class Trainer:
             progress.step or None,
         ) as tracker:
             while progress.epoch < settings.epochs:
+                if settings.early_stop_epochs and progress.epochs_without_gain >= settings.early_stop_epochs:
+                    self.echo(f"no better validation for {progress.epochs_without_gain} epochs: stopped")
+                    break
                 if self._train_epoch(tracker, deadline):
                     self._validate(tracker)
                     self.save()
                 if time.monotonic() > deadline:
                     self.echo(f"time is up at step {progress.step}; resume with --r {self.folder}/last.safetensors")
-                    break
-                if settings.early_stop_epochs and progress.epochs_without_gain >= settings.early_stop_epochs:
-                    self.echo(f"no better validation for {progress.epochs_without_gain} epochs: stopped")
                     break
         return self.folder
 
@@ -181,21 +188,34 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, tracker: Tracker | None = None) -> dict[str, float]:
-        """Return the mean SI-SDR and SI-SDRi in dB over the validation trials, by the first estimate."""
+        """Return the mean SI-SDR and SI-SDRi in dB over the validation trials, by the first estimate.
+
+        Trials whose target is silent have neither; their mean suppression below the mixture stands beside.
+        """
         self.model.eval()
         examples = self.experiment.tracking.audio_examples
         scores: list[tuple[float, float]] = []
+        pressed: list[float] = []
+        seen = 0
         for batch in self.validation:
             inputs, target = to_network(batch, self.device), batch["target"].to(self.device)
             estimate = self.model(inputs)["predicted_audio"][0]
             length = inputs.get("audio_length")
             after, before = si_sdr(estimate, target, length), si_sdr(inputs["audio"], target, length)
+            present, absent = target.abs().amax(1) > 0, suppression(estimate, inputs["audio"], length)
             for row in range(len(batch["name"])):
-                if tracker is not None and len(scores) < examples:
+                if tracker is not None and seen < examples:
                     tracker.audio(self.progress.step, batch["name"][row], _example(batch, estimate, row), self.rate)
-                scores.append((float(after[row]), float(after[row] - before[row])))
+                seen += 1
+                if present[row]:
+                    scores.append((float(after[row]), float(after[row] - before[row])))
+                else:
+                    pressed.append(float(absent[row]))
+        if not scores:
+            raise CorpusError("data.validation: the target speaks in none of its trials, so none can be scored")
         means = torch.tensor(scores, dtype=torch.float64).mean(0)
-        return {"si_sdr_db": float(means[0]), "si_sdri_db": float(means[1])}
+        suppressed = {"absent_suppression_db": sum(pressed) / len(pressed)} if pressed else {}
+        return {"si_sdr_db": float(means[0]), "si_sdri_db": float(means[1]), **suppressed}
 
     @property
     def rate(self) -> int:
@@ -223,6 +243,7 @@ class Trainer:
                 {
                     "experiment": json.dumps(to_dict(self.experiment)),
                     "speakers": self.speakers,
+                    "data": self.source.digest,
                     "progress": asdict(self.progress),
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -237,7 +258,9 @@ class Trainer:
     def restore(self, checkpoint: str | Path) -> None:
         """Take up the state saved beside `checkpoint`; raises `CheckpointError` when it is of another run."""
         path = resume_path(checkpoint)
-        if Path(checkpoint).is_file() and not path.is_file():
+        if not Path(checkpoint).is_file():
+            raise CheckpointError(f"{checkpoint}: no such checkpoint file")
+        if not path.is_file():
             raise CheckpointError(
                 f"{checkpoint}: has no {path.name} beside it; resume from last.safetensors of its run, or take its "
                 "weights alone with --load"
@@ -245,17 +268,11 @@ class Trainer:
         state = load_pickled(path)
         try:
             saved = json.loads(state["experiment"])
-            speakers, progress = list(state["speakers"]), Progress(**state["progress"])
+            same_data = (list(state["speakers"]), state["data"]) == (self.speakers, self.source.digest)
+            progress = Progress(**state["progress"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a resume file ({error}); use --load to take weights alone") from error
-        now = json.loads(json.dumps(to_dict(self.experiment)))
-        fixed = ("model", "loss", "optimizer", "scheduler", "seed")
-        changed = [key for key in fixed if saved.get(key) != now[key]]
-        if isinstance(self.experiment.scheduler, OneCycleConfig):
-            epochs = [part["training"]["epochs"] for part in (saved, now)]
-            changed += ["training.epochs (it shapes the onecycle scheduler)"] if epochs[0] != epochs[1] else []
-        if speakers != self.speakers:
-            changed.append("the training speakers")
+        changed = changed_settings(saved, to_dict(self.experiment)) + ([] if same_data else ["the training data"])
         if changed:
             raise CheckpointError(
                 f"{path}: was made with other settings ({', '.join(changed)}); resume with its own config "

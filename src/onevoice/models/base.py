@@ -93,9 +93,11 @@ class Network(nn.Module, ABC):
     def extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None = None) -> tuple[Wave, ...]:
         """Return the estimates for mixtures and speaker embeddings; padded samples come out as zero."""
         if not self.config.normalize_level:
-            return self._extract(zero_padding(audio, audio_length), embedding, audio_length)
-        audio, level = normalize_level(audio, audio_length)
-        return tuple(level * estimate for estimate in self._extract(audio, embedding, audio_length))
+            estimates = self._extract(zero_padding(audio, audio_length), embedding, audio_length)
+        else:
+            audio, level = normalize_level(audio, audio_length)
+            estimates = tuple(level * estimate for estimate in self._extract(audio, embedding, audio_length))
+        return tuple(zero_padding(estimate, audio_length) for estimate in estimates)
 
     @abstractmethod
     def classify(self, embedding: Embedding) -> Float[Tensor, "batch num_classes"]:
