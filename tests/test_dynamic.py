@@ -15,6 +15,7 @@ from voices import Voice, make_corpus, make_trials
 from onevoice import rendering
 from onevoice.audio import write_audio
 from onevoice.checkpoint import load_checkpoint
+from onevoice.config import from_dict
 from onevoice.corpus import list_corpus
 from onevoice.dynamic import ChannelStep, Drawer, MixingStep, NoiseStep, Plan, ReverbStep, distinct_speakers
 from onevoice.errors import ConfigError, CorpusError
@@ -25,7 +26,7 @@ from onevoice.rng import uniform
 from onevoice.training import Trainer, train
 
 RATE = 8000
-MIXING = MixingStep(segment_seconds=0.8, enrollment_seconds=(0.5, 2.0))
+MIXING = MixingStep(segment_seconds=0.8, enrollment_seconds=(0.5, 2.0), min_utterance_seconds=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +183,50 @@ def test_too_few_people(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
     make_corpus(tmp_path / "two", speakers=2, utterances=2, seconds=1.0)
     two = pack_corpus(list_corpus([tmp_path / "two"]), tmp_path / "pack", sample_rate=RATE)
     Drawer(two, MIXING)
-    with pytest.raises(CorpusError, match="holds 2 people; such mixtures need 3"):
+    with pytest.raises(CorpusError, match=r"holds 2 people with utterances of 0\.3 s or more; such mixtures need 3"):
         Drawer(two, replace(MIXING, absent=0.1))
+
+
+def test_short_utterances_are_not_used(packs: dict[str, PackedCorpus]) -> None:
+    """The voice with 0.6 s goes at a least of 1 s, the single utterance of 2.5 s at 1.3 s, as its half is less."""
+    speech = packs["speech"]
+    for least, gone in ((0.3, set()), (1.0, {"short"}), (1.3, {"short", "single"})):
+        plan = drawer(packs, min_utterance_seconds=least, absent=0.2).draw(0, np.arange(2000))
+        used = {
+            speech.speakers[speech.speaker[u]]
+            for u in np.concatenate([plan.target.utterance, plan.enrollment.utterance])
+        }
+        assert used == set(speech.speakers) - gone
+        for part in (plan.target, plan.enrollment, *plan.interferers):
+            assert speech.length[part.utterance].min() >= least * RATE
+
+
+def test_voices_of_a_room_have_places_of_their_own_and_the_enrollment_another_room(
+    packs: dict[str, PackedCorpus],
+) -> None:
+    rooms = packs["rooms"]
+    responses = drawer(packs, reverb=True, interferers=(1, 2)).draw(0, np.arange(2000)).rooms.responses
+    voices, enrolled = responses[:, :3], responses[:, 3]
+    assert all(len(set(row)) == 3 for row in voices.tolist())
+    assert (rooms.speaker[voices] == rooms.speaker[voices[:, :1]]).all()
+    assert (rooms.speaker[enrolled] != rooms.speaker[voices[:, 0]]).all()
+    assert np.bincount(voices[:, 1], minlength=8).min() > 150  # 250 each, were they all the same
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"enrollment_seconds": [-1, -0.5]}, "enrollment_seconds.0: input should be greater than or equal to 0.1"),
+        ({"enrollment_seconds": [5.0, 2.0]}, "enrollment_seconds: the lowest value 5 is above the highest 2"),
+        ({"segment_seconds": 0.00001}, "segment_seconds: "),
+        ({"interferers": [2, 1]}, "interferers: the lowest value 2 is above the highest 1"),
+        ({"absent": 0.8, "alone": 0.8}, r"absent \+ alone must not pass 1"),
+        ({"snr_db": [1e9, 1e9]}, "snr_db.0: "),
+    ],
+)
+def test_ranges_are_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(MixingStep, change)
 
 
 # The sound
@@ -326,7 +369,13 @@ def test_mu_law_is_eight_bits_of_a_known_curve() -> None:
 
 
 def dynamic_settings(packs: dict[str, PackedCorpus], **changes: Any) -> dict[str, Any]:
-    mixing = {"segment_seconds": 0.5, "enrollment_seconds": [0.5, 1.0], "absent": 0.1, "alone": 0.1}
+    mixing = {
+        "segment_seconds": 0.5,
+        "enrollment_seconds": [0.5, 1.0],
+        "min_utterance_seconds": 0.3,
+        "absent": 0.1,
+        "alone": 0.1,
+    }
     return {"kind": "dynamic", "pack": str(packs["speech"].path), "examples_per_epoch": 12, "mixing": mixing,
             "noise": {"pack": str(packs["noise"].path)}, **changes}  # fmt: skip
 

@@ -5,23 +5,29 @@ switching one on leaves the draws of all others as they were; batch size, worker
 `onevoice.rendering` turns the numbers into sound, the same on any device.
 """
 
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from onevoice.config import STRICT
 from onevoice.errors import CorpusError
 from onevoice.packed import PackedCorpus
 from onevoice.rng import uniform
-from onevoice.units import to_samples
+from onevoice.units import require_rising, to_samples
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Level = Annotated[float, Field(ge=-100, le=100)]
+LevelRange = Annotated[tuple[Level, Level], AfterValidator(require_rising)]
+"""Lowest and highest value in dB of a uniform draw."""
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(require_rising)]
+Seconds = Annotated[float, Field(ge=0.1, le=60)]
+Number = Annotated[int, Field(ge=1, le=2)]
 Range = tuple[float, float]
-"""Lowest and highest value of a uniform draw."""
 
 Indices = Int[np.ndarray, " batch"]
 Values = Float[np.ndarray, " batch"]
@@ -33,13 +39,13 @@ class NoiseStep:
 
     pack: str
     probability: Probability = 1.0
-    snr_db: Range = (0.0, 20.0)
+    snr_db: LevelRange = (0.0, 20.0)
     """Level of the voices above the noise."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ReverbStep:
-    """Put every voice into a room: one response each, drawn from one folder (room) of the pack.
+    """Put every voice into a room: a response each, drawn from one folder (room) of the pack without repeating.
 
     The target of training is its direct sound with the reflections of the first `early_seconds`.
     """
@@ -48,7 +54,7 @@ class ReverbStep:
     probability: Probability = 1.0
     early_seconds: Positive = 0.05
     enrollment_probability: Probability = 0.0
-    """How often the enrollment, too, is heard in a (different) room."""
+    """How often the enrollment, too, is heard in a room: another one, where the pack has several."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,9 +62,9 @@ class ChannelStep:
     """Give the enrollment another channel than the mixture: band limits, a spectral tilt, a telephone codec."""
 
     probability: Probability = 0.5
-    low_cut_hz: Range = (20.0, 300.0)
-    high_cut_hz: Range = (3000.0, 8000.0)
-    tilt_db_per_octave: Range = (-3.0, 3.0)
+    low_cut_hz: PositiveRange = (20.0, 300.0)
+    high_cut_hz: PositiveRange = (3000.0, 8000.0)
+    tilt_db_per_octave: LevelRange = (-3.0, 3.0)
     codec_probability: Probability = 0.0
     """How often the samples pass 8-bit mu-law (ITU-T G.711)."""
 
@@ -67,21 +73,28 @@ class ChannelStep:
 class MixingStep:
     """How the voices of a mixture stand to each other, in time and level."""
 
-    segment_seconds: Positive = 4.0
+    segment_seconds: Seconds = 4.0
     """Length of every mixture; shorter utterances lie somewhere in it."""
-    enrollment_seconds: Range = (3.0, 10.0)
+    enrollment_seconds: Annotated[tuple[Seconds, Seconds], AfterValidator(require_rising)] = (3.0, 10.0)
     """Length of an enrollment, as far as its utterance goes."""
-    interferers: tuple[Annotated[int, Field(ge=1, le=2)], Annotated[int, Field(ge=1, le=2)]] = (1, 1)
+    min_utterance_seconds: Annotated[float, Field(ge=0)] = 1.0
+    """Shorter utterances are not used (twice that for a speaker with a single one, which is halved)."""
+    interferers: Annotated[tuple[Number, Number], AfterValidator(require_rising)] = (1, 1)
     """Fewest and most interfering speakers."""
-    snr_db: Range = (-5.0, 5.0)
+    snr_db: LevelRange = (-5.0, 5.0)
     """Level of the target above each interferer, by energy over the segment."""
-    mixture_dbfs: Range = (-35.0, -20.0)
+    mixture_dbfs: LevelRange = (-35.0, -20.0)
     """RMS level of the mixture; less where a peak would pass 0.9."""
-    enrollment_dbfs: Range = (-35.0, -20.0)
+    enrollment_dbfs: LevelRange = (-35.0, -20.0)
     absent: Probability = 0.0
     """How often the enrollment is a third speaker's, and the target silence."""
     alone: Probability = 0.0
     """How often there is no interferer."""
+
+    def __post_init__(self) -> None:
+        """Check that the kinds of trial leave room for each other."""
+        if self.absent + self.alone > 1:
+            raise ValueError(f"absent + alone must not pass 1, and are {self.absent + self.alone:g}")
 
 
 class Part(NamedTuple):
@@ -153,13 +166,30 @@ class Drawer:
         self.speech, self.mixing, self.noise, self.reverb, self.channel = speech, mixing, noise, reverb, channel
         self.seed = seed
         self.segment = to_samples(mixing.segment_seconds, speech.sample_rate)
-        people, fewest = int(speech.base_of_speaker[-1]) + 1, mixing.interferers[1] + 1 + (mixing.absent > 0)
+        self._choose(to_samples(mixing.min_utterance_seconds, speech.sample_rate))
+        people, fewest = len(np.unique(self.base)), mixing.interferers[1] + 1 + (mixing.absent > 0)
         if people < fewest:
-            raise CorpusError(f"{speech.path}: holds {people} people; such mixtures need {fewest}")
+            raise CorpusError(
+                f"{speech.path}: holds {people} people with utterances of {mixing.min_utterance_seconds:g} s or more; "
+                f"such mixtures need {fewest}"
+            )
+
+    def _choose(self, least: int) -> None:
+        """Set the utterances of at least `least` samples, where those of each speaker begin, and who has any."""
+        speech = self.speech
+        long_enough = speech.length >= least
+        count = np.bincount(speech.speaker[long_enough], minlength=len(speech.speakers))
+        halved = (count == 1)[speech.speaker]  # the only one of its speaker must serve for target and enrollment
+        long_enough &= ~halved | (speech.length >= 2 * least)
+        self.utterances = np.flatnonzero(long_enough)
+        count = np.bincount(speech.speaker[long_enough], minlength=len(speech.speakers))
+        self.start = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
+        self.speakers = np.flatnonzero(count)
+        self.base = np.unique(speech.base_of_speaker[self.speakers], return_inverse=True)[1].astype(np.int64)
 
     def draw(self, epoch: int, index: Indices) -> Plan:
         """Return the plan of the trials `index` of an epoch."""
-        mixing, speech = self.mixing, self.speech
+        mixing = self.mixing
 
         def stream(step: str, count: int) -> Float[np.ndarray, "batch count"]:
             return uniform(self.seed, "dynamic", step, epoch, index=index, count=count)
@@ -169,7 +199,7 @@ class Drawer:
         alone = ~absent & (kinds[:, 0] >= 1 - mixing.alone)
         fewest, most = mixing.interferers
         how_many = np.where(alone, 0, fewest + (counts[:, 0] * (most - fewest + 1)).astype(np.int64))
-        voices = distinct_speakers(stream("speaker", most + 2), speech.base_of_speaker)
+        voices = self.speakers[distinct_speakers(stream("speaker", most + 2), self.base)]
         utterances = stream("utterance", most + 2)
         crops = stream("crop", 2 * (most + 1))
         target, enrollment = self._target_and_enrollment(
@@ -179,7 +209,7 @@ class Drawer:
         enrollment = Part(*(np.where(absent, b, a) for a, b in zip(enrollment, third, strict=True)))
         interferers = tuple(
             self._segment(
-                _pick(speech, voices[:, 1 + k], utterances[:, 2 + k]), crops[:, 2 * (k + 1)], crops[:, 2 * k + 3]
+                self._utterance(voices[:, 1 + k], utterances[:, 2 + k]), crops[:, 2 * (k + 1)], crops[:, 2 * k + 3]
             )
             for k in range(most)
         )
@@ -194,7 +224,7 @@ class Drawer:
             mixture_dbfs=_within(levels[:, 0], mixing.mixture_dbfs),
             enrollment_dbfs=_within(levels[:, 1], mixing.enrollment_dbfs),
             noise=None if self.noise is None else self._draw_noise(*self.noise, stream("noise", 5)),
-            rooms=None if self.reverb is None else self._draw_rooms(*self.reverb, stream("reverb", 3 + most + 2)),
+            rooms=None if self.reverb is None else self._draw_rooms(*self.reverb, stream),
             channel=None if self.channel is None else _draw_channel(self.channel, stream("channel", 5)),
         )
 
@@ -204,11 +234,11 @@ class Drawer:
     ) -> tuple[Part, Part]:  # fmt: skip
         """Draw two utterances of a speaker; of a single one, a stretch of one half and a stretch of the other."""
         speech = self.speech
-        first = speech.speaker_start[speaker]
-        count = speech.speaker_start[speaker + 1] - first
+        first = self.start[speaker]
+        count = self.start[speaker + 1] - first
         number = (pick * count).astype(np.int64)
         next_number = (number + 1 + (other * np.maximum(count - 1, 1)).astype(np.int64)) % count
-        target, enrollment = first + number, first + next_number
+        target, enrollment = self.utterances[first + number], self.utterances[first + next_number]
         single = count == 1
         half = speech.length[target] // 2
         back = single & (part[:, 2] < 0.5)  # which half the target is cut from
@@ -222,10 +252,16 @@ class Drawer:
         )
 
     def _third_speaker(self, speaker: Indices, draws: Float[np.ndarray, "batch 4"]) -> Part:
-        utterance = _pick(self.speech, speaker, draws[:, 0])
+        utterance = self._utterance(speaker, draws[:, 0])
         return self._enrollment(
             utterance, draws[:, 1], draws[:, 2], np.zeros_like(utterance), self.speech.length[utterance]
         )
+
+    def _utterance(self, speaker: Indices, draw: Values) -> Indices:
+        """Return one of the utterances chosen for each speaker."""
+        first, after = self.start[speaker], self.start[speaker + 1]
+        utterance: np.ndarray = self.utterances[first + (draw * (after - first)).astype(np.int64)]
+        return utterance
 
     def _segment(
         self, utterance: Indices, where: Values, place: Values, begin: Indices | None = None, end: Indices | None = None
@@ -248,9 +284,19 @@ class Drawer:
         start = (draws[:, 3] * pack.length[clip]).astype(np.int64)
         return Noise(draws[:, 0] < step.probability, clip, start, _within(draws[:, 4], step.snr_db))
 
-    def _draw_rooms(self, step: ReverbStep, pack: PackedCorpus, draws: Float[np.ndarray, "batch draws"]) -> Rooms:
-        room = (draws[:, 2] * len(pack.speakers)).astype(np.int64)
-        responses = np.stack([_pick(pack, room, draw) for draw in draws[:, 3:].T], axis=1)
+    def _draw_rooms(
+        self, step: ReverbStep, pack: PackedCorpus, stream: Callable[[str, int], Float[np.ndarray, "batch count"]]
+    ) -> Rooms:
+        draws, rooms = stream("reverb", 5), len(pack.speakers)
+        room = (draws[:, 2] * rooms).astype(np.int64)
+        other = (room + 1 + (draws[:, 3] * max(rooms - 1, 1)).astype(np.int64)) % rooms
+        first, count = pack.speaker_start[room], np.diff(pack.speaker_start)[room]
+        keys = stream("places", int(np.diff(pack.speaker_start).max()))
+        keys = np.where(np.arange(keys.shape[1]) < count[:, None], keys, 1.0)
+        order = np.argsort(keys, axis=1, kind="stable")  # a random order of the places of each room
+        voices = np.arange(1 + self.mixing.interferers[1])
+        places = np.take_along_axis(order, voices % count[:, None], axis=1)
+        responses = np.column_stack([first[:, None] + places, _pick(pack, other, draws[:, 4])])
         return Rooms(draws[:, 0] < step.probability, draws[:, 1] < step.enrollment_probability, responses)
 
 

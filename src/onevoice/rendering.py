@@ -125,7 +125,8 @@ class Renderer:
 
     def _through_channel(self, ref: Wave, channel: Channel) -> Wave:
         rate = self.drawer.speech.sample_rate
-        points = 1 << (ref.shape[1] + rate // 10).bit_length()  # a tenth of a second for the filters to fade
+        longest = max(ref.shape[1], round(self.drawer.mixing.enrollment_seconds[1] * rate))  # not that of the batch
+        points = 1 << (longest + rate // 10).bit_length()  # a tenth of a second for the filters to fade
         hz = torch.linspace(0, rate / 2, points // 2 + 1, device=self.device).clamp(min=1.0)
         low, high = self._rows(channel.low_cut_hz)[:, None], self._rows(channel.high_cut_hz)[:, None]
         gain = torch.rsqrt(1 + (low / hz) ** (2 * CHANNEL_ORDER)) * torch.rsqrt(1 + (hz / high) ** (2 * CHANNEL_ORDER))
