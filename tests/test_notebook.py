@@ -43,7 +43,7 @@ def test_runs_to_its_end(corpus: Path, tmp_path: Path) -> None:
     )
     assert "6 of 6 trials" in printed
     assert "3 of 3 trials, 3 mixtures" in printed
-    assert speakers_in(tmp_path / "mixtures" / "train").isdisjoint(speakers_in(tmp_path / "mixtures" / "val"))
+    assert speakers_in(tmp_path / "mixtures" / "train").isdisjoint(speakers_in(tmp_path / "mixtures" / "validation"))
 
 
 def speakers_in(folder: Path) -> set[str]:

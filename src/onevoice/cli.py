@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(" ".join(str(error).split()))
     except OnevoiceError as error:
         _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}; check the name and its permissions")
     except KeyboardInterrupt:
@@ -97,6 +100,10 @@ def mix(
     from onevoice.mixture import MixtureGenerator, summary_line
 
     corpus, out = corpus_and_out
+    if out.resolve().is_relative_to(corpus.resolve()):
+        raise CorpusError(
+            f"{out}: lies inside the corpus {corpus}, where it would count as a speaker; name another folder"
+        )
     generator = MixtureGenerator(
         scan(corpus, pattern), out, nfiles=count, test=test, randomState=seed, sample_rate=sample_rate
     )
@@ -170,7 +177,14 @@ def eval_(
         device: Where the network runs: cpu, cuda, …; auto takes the best there is.
     """
     from onevoice.config import load_config, to_dict
-    from onevoice.evaluation import EvaluationConfig, evaluate, format_report, require_metrics, save_report
+    from onevoice.evaluation import (
+        EvaluationConfig,
+        evaluate,
+        format_report,
+        require_metrics,
+        require_rate,
+        save_report,
+    )
     from onevoice.extraction import load
     from onevoice.files import require_writable
     from onevoice.protocols import place_of
@@ -194,6 +208,7 @@ def eval_(
         require_writable(output)
     require_metrics(settings.metrics)
     extractor = load(checkpoint, settings.model, settings.device)
+    require_rate(settings.metrics, extractor.sample_rate)
     report = evaluate(extractor, settings)
     place = place_of(settings.protocol)
     print(f"{checkpoint} on {place}")

@@ -224,6 +224,13 @@ def read_batches(loader: Iterable[TrialBatch]) -> Iterator[TrialBatch]:
         kind = type(error)
         *_, last = str(error).strip().splitlines()
         raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OnevoiceError(
+            "a process that reads the data died (too little memory, or too small a /dev/shm in a container); "
+            "set data.workers=0, or give the container more shared memory"
+        ) from error
 
 
 def pad(signals: Sequence[Mono]) -> tuple[Float[Tensor, "batch samples"], Int[Tensor, " batch"]]:

@@ -205,6 +205,15 @@ def require_metrics(names: Sequence[MetricName]) -> None:
         )
 
 
+def require_rate(names: Sequence[MetricName], sample_rate: int) -> None:
+    """Raise `ConfigError` at once for PESQ of a network at a rate that it is not defined at."""
+    if "pesq" in names and sample_rate not in (8000, 16000):
+        raise ConfigError(
+            f"metrics: PESQ is defined at 8000 and 16000 Hz and the network works at {sample_rate} Hz; choose metrics "
+            "without it (--metrics si_sdr si_sdr_improvement stoi)"
+        )
+
+
 def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Iterator[Estimated]:
     """Yield each trial in order."""
     sampler = EpochSampler(len(data), batch_size, 0, 0, shuffle=False)

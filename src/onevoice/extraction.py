@@ -20,7 +20,7 @@ from torch import Tensor
 from onevoice.audio import Mono, read_audio, require_finite, require_sound, resample, to_mono, write_audio
 from onevoice.checkpoint import Card, load_model
 from onevoice.devices import pick_device
-from onevoice.errors import AudioError, ConfigError
+from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.models import Batch, ModelConfig, Network
 
 MIN_ENROLLMENT_SECONDS = 0.5
@@ -101,7 +101,7 @@ def extract_file(
 ) -> None:
     """Extract the enrolled voice of one file into another, at the mixture's rate, mono.
 
-    WAV is written as 32-bit float, so that nothing clips and output + residual is the mixture exactly; other
+    WAV is written as 32-bit float, so that nothing clips and output + residual is the mixture to float32 rounding; other
     formats in their usual sample type. `residual` receives what is left, under another name. Raises `AudioError`,
     `ConfigError`, `StorageError`.
     """
@@ -112,9 +112,16 @@ def extract_file(
     require_sound(samples, str(mixture))
     check_enrollment(voice, voice_rate, str(enrollment))
     estimate = extractor.extract(samples, rate, voice, voice_rate)
-    for path, sound in ((output, estimate), (residual, samples - estimate)):
+    written: list[Path] = []
+    for path, sound in ((residual, samples - estimate), (output, estimate)):
         if path is not None:
-            write_audio(path, sound, rate, subtype="FLOAT" if Path(path).suffix.lower() == ".wav" else None)
+            try:
+                write_audio(path, sound, rate, subtype="FLOAT" if Path(path).suffix.lower() == ".wav" else None)
+            except OnevoiceError:
+                for whole in written:
+                    whole.unlink()
+                raise
+            written.append(Path(path))
 
 
 def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
