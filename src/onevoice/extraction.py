@@ -101,9 +101,9 @@ def extract_file(
 ) -> None:
     """Extract the enrolled voice of one file into another, at the mixture's rate, mono.
 
-    WAV is written as 32-bit float, so that nothing clips and output + residual is the mixture to float32 rounding; other
-    formats in their usual sample type. `residual` receives what is left, under another name. Raises `AudioError`,
-    `ConfigError`, `StorageError`.
+    WAV is written as 32-bit float, so that nothing clips and output + residual is the mixture to float32
+    rounding; other formats in their usual sample type. `residual` receives what is left, under another name. Raises
+    `AudioError`, `ConfigError`, `StorageError`.
     """
     if residual is not None and Path(residual).absolute() == Path(output).absolute():
         raise ConfigError(f"{residual}: is to be output and residual at once; give them two names")
