@@ -25,7 +25,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import field
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -64,7 +63,7 @@ class WandbConfig:
 class TrackingConfig:
     """What is recorded besides `metrics.jsonl` and `samples/`."""
 
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
     audio_examples: Annotated[int, Field(ge=0)] = 3
     """The number of validation trials whose sounds are recorded at each validation."""

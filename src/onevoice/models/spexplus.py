@@ -46,7 +46,11 @@ class SpExPlusConfig(NetworkConfig):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if windows[0] < 2 or windows[0] % 2 or sorted(windows) != list(windows):
-            raise ValueError(f"window_seconds must rise and give an even short window, not {windows} samples")
+            even = 2 * max(1, round(windows[0] / 2)) / self.sample_rate
+            raise ValueError(
+                f"window_seconds must rise and give an even short window, not {windows} samples at "
+                f"{self.sample_rate} Hz; the nearest short window is {even:.6g} s"
+            )
 
     @property
     def windows(self) -> tuple[int, ...]:
