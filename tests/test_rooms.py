@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onevoice.audio import read_audio
+from onevoice.config import from_dict
 from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.rooms import RoomLaw, simulate_room, simulate_rooms
 
@@ -37,6 +38,11 @@ def test_a_room_is_a_function_of_seed_and_index(tmp_path: Path) -> None:
     np.testing.assert_array_equal(written, simulate_room(LAW, 5, 1)[1])
     assert rate == 8000
     assert not np.array_equal(written, simulate_room(LAW, 6, 1)[1][: len(written)])
+
+
+def test_ranges_are_checked() -> None:
+    with pytest.raises(ConfigError, match="length: the lowest value 5 is above the highest 3"):
+        from_dict(RoomLaw, {"length": [5.0, 3.0]})
 
 
 def test_impossible_rooms() -> None:

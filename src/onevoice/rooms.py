@@ -12,16 +12,18 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from onevoice.audio import Mono, write_audio
 from onevoice.config import STRICT
 from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.rng import derive
+from onevoice.units import require_rising
 from onevoice.workers import ordered_map
 
-Range = tuple[float, float]
+Positive = Annotated[float, Field(gt=0)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(require_rising)]
 MAX_DRAWS = 100
 CLEARANCE = 0.5
 """Least distance in metres of a talker from walls and microphone."""
