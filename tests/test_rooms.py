@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onevoice.audio import read_audio
+from onevoice.cli import main
 from onevoice.config import from_dict
 from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.rooms import RoomLaw, simulate_room, simulate_rooms
@@ -43,6 +44,21 @@ def test_a_room_is_a_function_of_seed_and_index(tmp_path: Path) -> None:
 def test_ranges_are_checked() -> None:
     with pytest.raises(ConfigError, match="length: the lowest value 5 is above the highest 3"):
         from_dict(RoomLaw, {"length": [5.0, 3.0]})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(["--t60", "0.5", "0.2"], "options: reverberation_seconds: the lowest"), (["--count", "0"], "count: 0 rooms")],
+)
+def test_wrong_options_are_one_line(
+    options: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["corpus", "rooms", str(tmp_path), *options])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
 
 
 def test_impossible_rooms() -> None:

@@ -144,9 +144,14 @@ def rooms(
         talkers: Responses per room; a mixture takes its voices from one room.
         workers: Processes; one per core unless given.
     """
+    from onevoice.config import from_dict
+    from onevoice.errors import ConfigError
     from onevoice.rooms import RoomLaw, simulate_rooms
 
-    law = RoomLaw(sample_rate=sample_rate, talkers=talkers, reverberation_seconds=t60)
+    if count < 1:
+        raise ConfigError(f"count: {count} rooms are too few; ask for at least 1")
+    options = {"sample_rate": sample_rate, "talkers": talkers, "reverberation_seconds": list(t60)}
+    law = from_dict(RoomLaw, options, name="options")
     simulate_rooms(law, out, count, seed, workers or os.cpu_count() or 1)
     print(f"{count} rooms in {out}; pack them with: onevoice corpus pack {out} PACK --keep-mean")
 
