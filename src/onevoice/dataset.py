@@ -61,7 +61,7 @@ class TrialBatch(TypedDict):
     audio_length: NotRequired[Int[Tensor, " batch"]]
     """Missing where every mixture fills its row."""
     ref: Float[Tensor, "batch ref_samples"]
-    ref_length: Int[Tensor, " batch"]
+    ref_length: NotRequired[Int[Tensor, " batch"]]
     target: Float[Tensor, "batch samples"]
     speaker: Int[Tensor, " batch"]
     name: list[str]

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from onevoice.config import STRICT
-from onevoice.dataset import EpochSampler, TrialBatch, TrialDataset, collate, read_batches
+from onevoice.dataset import EpochSampler, TrialDataset, collate, read_batches
 from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.extraction import Extractor
 from onevoice.files import atomic_write
@@ -219,7 +219,7 @@ def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Ite
     sampler = EpochSampler(len(data), batch_size, 0, 0, shuffle=False)
     loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
     for batch in read_batches(loader):
-        estimates = extractor.estimate(_inputs(batch)).numpy()
+        estimates = extractor.estimate(batch).numpy()
         for row, name in enumerate(batch["name"]):
             length = int(batch["audio_length"][row])
             yield Estimated(
@@ -228,7 +228,3 @@ def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Ite
                 batch["target"][row, :length].numpy(),
                 batch["audio"][row, :length].numpy(),
             )
-
-
-def _inputs(batch: TrialBatch) -> Any:
-    return {key: batch[key] for key in ("audio", "audio_length", "ref", "ref_length")}

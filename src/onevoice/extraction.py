@@ -21,7 +21,7 @@ from onevoice.audio import Mono, read_audio, require_finite, require_sound, resa
 from onevoice.checkpoint import Card, load_model
 from onevoice.devices import pick_device
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
-from onevoice.models import Batch, ModelConfig, Network
+from onevoice.models import Batch, ModelConfig, Network, to_network
 
 MIN_ENROLLMENT_SECONDS = 0.5
 """Shorter enrollments are refused; 3 s and more of clean speech are advised."""
@@ -64,12 +64,7 @@ class Extractor:
     @torch.inference_mode()
     def estimate(self, batch: Batch) -> Float[Tensor, "batch samples"]:
         """Return the first estimate of the network for a padded batch at its rate, at the network's own level."""
-        moved: Batch = {"audio": batch["audio"].to(self.device), "ref": batch["ref"].to(self.device)}
-        if "audio_length" in batch:
-            moved["audio_length"] = batch["audio_length"].to(self.device)
-        if "ref_length" in batch:
-            moved["ref_length"] = batch["ref_length"].to(self.device)
-        estimate: Tensor = self.model(moved)["predicted_audio"][0]
+        estimate: Tensor = self.model(to_network(batch, self.device))["predicted_audio"][0]
         return estimate.float().cpu()
 
     def _extract(self, mixture: Mono, rate: int, enrollment: Mono, enrollment_rate: int) -> Mono:

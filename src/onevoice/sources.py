@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from onevoice.dataset import EpochSampler, TrialBatch, TrialDataset, collate, read_batches
@@ -19,7 +18,6 @@ from onevoice.dynamic import Drawer
 from onevoice.errors import ConfigError
 from onevoice.experiment import DataConfig, DynamicTrials, Trials
 from onevoice.memory import keep_freed_memory
-from onevoice.models import Batch
 from onevoice.packed import PackedCorpus
 from onevoice.protocols import open_protocol
 from onevoice.rendering import Renderer
@@ -143,26 +141,6 @@ def draw_batch(drawer: Drawer, renderer: Renderer, epoch: int, index: np.ndarray
     names = [f"trial {number} of epoch {epoch}" for number in index.tolist()]
     return {"audio": sound.audio, "target": sound.target, "ref": sound.ref, "ref_length": sound.ref_length,
             "speaker": sound.speaker, "name": names}  # fmt: skip
-
-
-def to_network(batch: TrialBatch, device: torch.device) -> Batch:
-    """Move what a network takes to `device`; lengths that say nothing are left out, which is the fast path."""
-    inputs: Batch = {
-        "audio": batch["audio"].to(device, non_blocking=True),
-        "ref": batch["ref"].to(device, non_blocking=True),
-    }
-    if _matters(batch.get("audio_length"), batch["audio"]):
-        inputs["audio_length"] = batch["audio_length"].to(device, non_blocking=True)
-    if _matters(batch.get("ref_length"), batch["ref"]):
-        inputs["ref_length"] = batch["ref_length"].to(device, non_blocking=True)
-    return inputs
-
-
-def _matters(length: Tensor | None, signal: Tensor) -> bool:
-    """Say whether some row is padded; lengths on an accelerator are not looked at, which would stall it."""
-    if length is None:
-        return False
-    return length.device.type != "cpu" or bool((length < signal.shape[1]).any())
 
 
 def _loader(

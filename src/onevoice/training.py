@@ -41,10 +41,10 @@ from onevoice.experiment import Experiment, changed_settings
 from onevoice.files import atomic_write
 from onevoice.loss import LossTerms, si_sdr, suppression
 from onevoice.memory import keep_freed_memory
-from onevoice.models import Network, build_model
+from onevoice.models import Network, build_model, to_network
 from onevoice.optim import build_optimizer, build_scheduler
 from onevoice.rng import derive_seed
-from onevoice.sources import ValidationTrials, open_source, to_network
+from onevoice.sources import ValidationTrials, open_source
 from onevoice.tracking import Sound, SoundKind, Tracker, open_tracker
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

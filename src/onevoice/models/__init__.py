@@ -3,7 +3,7 @@
 `MODELS` is the zoo: the name in a config → (its config, its network).
 """
 
-from onevoice.models.base import Batch, Network, NetworkConfig, Prediction
+from onevoice.models.base import Batch, Network, NetworkConfig, Prediction, to_network
 from onevoice.models.spexplus import SpExPlus, SpExPlusConfig
 
 ModelConfig = SpExPlusConfig
@@ -29,4 +29,5 @@ __all__ = [
     "SpExPlus",
     "SpExPlusConfig",
     "build_model",
+    "to_network",
 ]
