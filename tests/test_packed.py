@@ -108,7 +108,7 @@ KILLED = """
             nonlocal calls
             calls += 1
             if calls == int(count):
-                if name == "_write":
+                if name == "append_whole":
                     stream, data = args
                     original(stream, data[: len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -126,8 +126,8 @@ KILLED = """
     ("place", "workers", "kept"),
     [
         ("_row:1", 1, 0),
-        ("_write:7", 1, 3),  # in the middle of the samples of the fourth
-        ("_write:8", 1, 3),  # in the middle of its row
+        ("append_whole:7", 1, 3),  # in the middle of the samples of the fourth
+        ("append_whole:8", 1, 3),  # in the middle of its row
         ("_row:12", 2, 11),
         ("_close:1", 1, 16),
     ],

@@ -11,7 +11,7 @@ from tiny import ROOT, process
 SOURCE = ROOT / "src" / "onevoice"
 FLOORS = [
     # words
-    "errors", "units", "memory", "rng", "files", "config", "workers", "audio",
+    "errors", "units", "memory", "rng", "files", "rows", "config", "workers", "audio",
     # data: the speech we have, how trials are drawn and rendered
     "silence", "loudness", "rooms", "recordings", "layouts", "corpus", "manifest", "mixing_law", "mixture",
     "packed", "packing", "dynamic", "dataset", "protocols",

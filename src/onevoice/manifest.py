@@ -10,17 +10,17 @@ not all there is rendered again, and the finished folder holds the same bytes as
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from onevoice.errors import CorpusError
 from onevoice.files import atomic_write, storage_errors
+from onevoice.rows import Row, append_whole, to_document, to_lines, whole_rows
 from onevoice.workers import ordered_map
 
 SETTINGS = "mixture.json"
@@ -29,8 +29,6 @@ SKIPPED = "skipped.jsonl"
 GIVEN_UP = "given up"
 SUFFIXES = {"mixture": "-mixed.wav", "target": "-target.wav", "enrollment": "-ref.wav"}
 WAV_HEADER_BYTES = 44
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -51,7 +49,7 @@ def open_folder(folder: Path, settings: Row) -> None:
     if not path.exists():
         if (folder / MANIFEST).exists():
             raise CorpusError(f"{folder}: holds {MANIFEST} but no {SETTINGS}; choose another folder")
-        atomic_write(path, _pretty({**settings, "summary": None}))
+        atomic_write(path, to_document({**settings, "summary": None}))
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
@@ -70,15 +68,15 @@ def close_folder(folder: Path, settings: Row, summary: Row) -> None:
     for name in SUFFIXES.values():
         for leftover in folder.glob(f".*{name}.*.part"):
             leftover.unlink(missing_ok=True)
-    atomic_write(folder / SETTINGS, _pretty({**settings, "summary": summary}))
+    atomic_write(folder / SETTINGS, to_document({**settings, "summary": summary}))
 
 
 def recover(folder: Path) -> dict[int, Outcome]:
     """Return the trials in `folder` that are complete: all rows there, and all files of the size they say."""
     outcomes: dict[int, Outcome] = {}
-    for row in _whole_rows(folder / MANIFEST):
+    for row in _own_rows(folder / MANIFEST):
         outcomes.setdefault(row["index"], Outcome(row["index"])).rows.append(row)
-    for row in _whole_rows(folder / SKIPPED):
+    for row in _own_rows(folder / SKIPPED):
         outcomes.setdefault(row["index"], Outcome(row["index"])).skipped.append(row)
     return {index: outcome for index, outcome in outcomes.items() if _is_complete(folder, outcome)}
 
@@ -124,44 +122,22 @@ def appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome],
         (SKIPPED, [row for outcome in kept for row in outcome.skipped]),
         (MANIFEST, [row for outcome in kept for row in outcome.rows]),
     ):
-        atomic_write(folder / name, _lines(rows))
+        atomic_write(folder / name, to_lines(rows))
     with contextlib.ExitStack() as stack:
         with storage_errors(folder / MANIFEST):
             skipped = stack.enter_context((folder / SKIPPED).open("ab", buffering=0))
             manifest = stack.enter_context((folder / MANIFEST).open("ab", buffering=0))
 
         def append(outcome: Outcome) -> None:
-            _append(skipped, outcome.skipped)
-            _append(manifest, outcome.rows)
+            append_whole(skipped, to_lines(outcome.skipped))
+            append_whole(manifest, to_lines(outcome.rows))
 
         yield append
 
 
-def _append(stream: FileIO, rows: list[Row]) -> None:
-    """Append rows whole or not at all."""
-    with storage_errors(Path(stream.name)):
-        before, data = stream.tell(), _lines(rows)
-        try:
-            while data:
-                data = data[stream.write(data) :]
-        except OSError:
-            stream.truncate(before)
-            raise
-
-
-def _whole_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a list up to the first line that is torn."""
-    if not path.exists():
-        return
-    *lines, _ = path.read_bytes().split(b"\n")
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(row, dict) or not isinstance(row.get("index"), int):
-            return
-        yield row
+def _own_rows(path: Path) -> Iterator[Row]:
+    """Yield the whole rows of a list up to the first that says no trial."""
+    return itertools.takewhile(lambda row: isinstance(row.get("index"), int), whole_rows(path))
 
 
 def _is_complete(folder: Path, outcome: Outcome) -> bool:
@@ -179,11 +155,3 @@ def _has_size(path: Path, samples: int) -> bool:
         return path.stat().st_size == WAV_HEADER_BYTES + 2 * samples
     except FileNotFoundError:
         return False
-
-
-def _lines(rows: list[Row]) -> bytes:
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-
-
-def _pretty(values: Row) -> bytes:
-    return json.dumps(values, ensure_ascii=False, indent=1).encode() + b"\n"

@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 from onevoice.audio import write_audio
 from onevoice.corpus import Speaker
 from onevoice.errors import ConfigError, CorpusError
-from onevoice.manifest import GIVEN_UP, SUFFIXES, Outcome, Row, all_outcomes, close_folder, open_folder
+from onevoice.manifest import GIVEN_UP, SUFFIXES, Outcome, all_outcomes, close_folder, open_folder
 from onevoice.mixing_law import (
     SILENT_FILE,
     UNREADABLE,
@@ -33,6 +33,7 @@ from onevoice.mixing_law import (
     load_source,
     render,
 )
+from onevoice.rows import Row
 
 LAW_VERSION = 1
 MAX_ATTEMPTS = 100

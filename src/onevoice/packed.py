@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Int16, Int64
 
 from onevoice.errors import CorpusError
+from onevoice.rows import Row
 
 FORMAT = 1
 HEADER = "pack.json"
@@ -31,8 +32,6 @@ SAMPLES = "samples.int16"
 INDEX = "index.npy"
 ROWS = "utterances.jsonl"
 BLOCK_BYTES = 1 << 24
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,9 @@ from onevoice.audio import HIGHEST_RATE, LOWEST_RATE, require_sound, resample, t
 from onevoice.corpus import MAX_BROKEN, Corpus, require_share
 from onevoice.errors import AudioError, ConfigError, CorpusError
 from onevoice.files import atomic_write, storage_errors
-from onevoice.packed import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, Row, is_pack, sha256_of
+from onevoice.packed import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, is_pack, sha256_of
 from onevoice.recordings import Fault, Utterance
+from onevoice.rows import Row, append_whole, to_document, to_lines, whole_rows
 from onevoice.workers import ordered_map
 
 
@@ -86,7 +87,7 @@ def pack_corpus(
     part = out.with_name(f"{out.name}.part")
     if (part / HEADER).exists() and not _is_same(part, header):
         raise CorpusError(f"{part}: is the beginning of another pack; remove it, or choose another folder")
-    atomic_write(part / HEADER, _pretty(header))
+    atomic_write(part / HEADER, to_document(header))
     limit = functools.partial(_require_few, corpus, max_broken)
     rows, digest = _append_all(jobs, part, functools.partial(_Encoder, sample_rate, keep_mean), workers, limit)
     limit(_broken(rows))
@@ -148,7 +149,7 @@ def _append_all(
     broken = _broken(rows)
     with (
         _appending(part / SAMPLES, size) as samples,
-        _appending(part / ROWS, len(_lines(rows))) as records,
+        _appending(part / ROWS, len(to_lines(rows))) as records,
         contextlib.closing(ordered_map(make, missing, max(1, min(workers, len(missing))))) as results,
         tqdm(desc=str(part), total=len(jobs), initial=len(rows), unit="utterance") as bar,
     ):
@@ -159,8 +160,8 @@ def _append_all(
                 broken.append(row)
                 limit(broken)
             digest.update(encoded.data)
-            _write(samples, encoded.data)
-            _write(records, _lines([row]))
+            append_whole(samples, encoded.data)
+            append_whole(records, to_lines([row]))
             rows.append(row)
             bar.update()
         with storage_errors(part):
@@ -194,7 +195,7 @@ def _recover(part: Path, jobs: Sequence[Job]) -> "tuple[list[Row], hashlib._Hash
     if not (part / ROWS).exists() or not (part / SAMPLES).exists():
         return rows, digest, size
     with (part / SAMPLES).open("rb") as samples:
-        for row, job in zip(_whole_rows(part / ROWS), jobs, strict=False):
+        for row, job in zip(whole_rows(part / ROWS), jobs, strict=False):
             if row["id"] != job.id:
                 break
             if "fault" not in row:
@@ -205,16 +206,6 @@ def _recover(part: Path, jobs: Sequence[Job]) -> "tuple[list[Row], hashlib._Hash
                 size += len(data)
             rows.append(row)
     return rows, digest, size
-
-
-def _whole_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file up to the first line that is torn."""
-    *lines, _ = path.read_bytes().split(b"\n")
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
 
 
 def _close(part: Path, header: Row, corpus: Corpus, rows: Sequence[Row], digest: str) -> None:
@@ -240,7 +231,7 @@ def _close(part: Path, header: Row, corpus: Corpus, rows: Sequence[Row], digest:
         "sha256": {SAMPLES: digest, INDEX: sha256_of(part / INDEX)},
         "speakers": [[name + suffix(speed), corpus.genders.get(name), persons[name]] for name, speed in speakers],
     }
-    atomic_write(part / HEADER, _pretty(finished))
+    atomic_write(part / HEADER, to_document(finished))
 
 
 def _is_there(out: Path, header: Row) -> bool:
@@ -279,17 +270,3 @@ def _appending(path: Path, size: int) -> Iterator[FileIO]:
             stream = stack.enter_context(path.open("ab", buffering=0))
             stream.truncate(size)
         yield stream
-
-
-def _write(stream: FileIO, data: bytes) -> None:
-    with storage_errors(Path(stream.name)):
-        while data:
-            data = data[stream.write(data) :]
-
-
-def _lines(rows: Sequence[Row]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def _pretty(values: Row) -> bytes:
-    return json.dumps(values, indent=1).encode() + b"\n"
