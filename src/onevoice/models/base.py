@@ -73,6 +73,8 @@ class Network(nn.Module, ABC):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiled = False
+        """Train through `torch.compile` where no mixture is padded: faster steps, after a wait for each new length."""
 
     def forward(self, batch: Batch) -> Prediction:
         """Extract the target of each item. See the module's docstring for what is promised."""

@@ -1,7 +1,8 @@
 """The building blocks of time-domain extractors: encoder, decoder, norms and the temporal block.
 
-Tensors are (batch, channels, frames). A `mask` is (batch, 1, frames) with 1 for valid frames and 0 for padding,
-or None where all frames are valid, which is the fast path of training.
+Frames are (batch, frames, channels), so that a 1x1 convolution is a matrix product; the layers of the temporal block
+alone take (batch, channels, frames). A mask has 1 for valid frames and 0 for padding and a channel axis of size 1; it
+is None where all frames are valid, which is the fast path of training.
 """
 
 import math
@@ -13,17 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onevoice.models.base import Lengths, Wave
+from onevoice.models.fused import BlockWeights, compiled, pointwise, temporal_block
 
-Frames = Float[Tensor, "batch channels frames"]
-Mask = Float[Tensor, "batch 1 frames"]
+Frames = Float[Tensor, "batch frames channels"]
+Mask = Float[Tensor, "batch frames 1"]
+ChannelsFirst = Float[Tensor, "batch channels frames"]
+MaskFirst = Float[Tensor, "batch 1 frames"]
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each frame (cLN of Conv-TasNet, arXiv 1809.07454)."""
+class Pointwise(nn.Conv1d):
+    """A 1x1 convolution over channels-last frames, with the parameters of a `Conv1d`."""
 
-    def forward(self, frames: Frames) -> Frames:
-        """Normalise every frame by itself."""
-        return super().forward(frames.transpose(1, 2)).transpose(1, 2)
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, frames: Frames) -> Float[Tensor, "batch frames out"]:
+        """Multiply every frame by the weights."""
+        return pointwise(frames, self.weight[:, :, 0], self.bias)
 
 
 class GlobalNorm(nn.Module):
@@ -35,7 +42,7 @@ class GlobalNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, frames: Frames, mask: Mask | None = None) -> Frames:
+    def forward(self, frames: ChannelsFirst, mask: MaskFirst | None = None) -> ChannelsFirst:
         """Normalise each item over its valid frames; padded frames come out as zero."""
         if mask is None:
             return F.group_norm(frames, 1, self.weight, self.bias, self.eps)
@@ -73,21 +80,53 @@ class TemporalBlock(nn.Module):
 
     def forward(
         self,
-        frames: Frames,
+        frames: ChannelsFirst | Frames,
         embedding: Float[Tensor, "batch speaker_dim"] | None = None,
-        mask: Mask | None = None,
-    ) -> Frames:
-        """Return the frames plus what the block makes of them."""
+        mask: MaskFirst | None = None,
+        channels_last: bool = False,
+    ) -> ChannelsFirst | Frames:
+        """Return the frames plus what the block makes of them.
+
+        With `channels_last`, frames are (batch, frames, channels) and all valid, and the compiled block is used.
+        """
+        if channels_last:
+            return self._compiled(frames, embedding)
         if embedding is None:
             hidden = self.expand(frames)
         else:
-            channels = frames.shape[1]
-            speaker_part = F.linear(embedding, self.expand.weight[:, channels:, 0], self.expand.bias)
-            hidden = F.conv1d(frames, self.expand.weight[:, :channels]) + speaker_part[:, :, None]
+            offset = self._speaker_part(embedding)
+            hidden = F.conv1d(frames, self.expand.weight[:, : -embedding.shape[1]]) + offset[:, :, None]
         hidden = self.expand_norm(self.expand_prelu(hidden), mask)
         hidden = self.depthwise_norm(self.depthwise_prelu(self.depthwise(hidden)), mask)
         residual: Tensor = self.project(hidden)
         return frames + residual
+
+    def _speaker_part(self, embedding: Float[Tensor, "batch speaker_dim"]) -> Float[Tensor, "batch hidden"]:
+        """Return what the speaker adds to every frame of the first product, with its bias."""
+        return F.linear(embedding, self.expand.weight[:, -embedding.shape[1] :, 0], self.expand.bias)
+
+    def _compiled(
+        self, frames: Float[Tensor, "batch frames channels"], embedding: Float[Tensor, "batch speaker_dim"] | None
+    ) -> Float[Tensor, "batch frames channels"]:
+        device = frames.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frames.dtype
+        with torch.autocast(device, enabled=False):
+            assert self.expand.bias is not None
+            offset = self.expand.bias[None] if embedding is None else self._speaker_part(embedding.to(frames.dtype))
+            weights = BlockWeights(
+                self.expand.weight[:, : frames.shape[2]],
+                self.expand_prelu.weight,
+                self.expand_norm.weight,
+                self.expand_norm.bias,
+                self.depthwise.weight[:, 0].T.contiguous(),
+                self.depthwise.bias,
+                self.depthwise_prelu.weight,
+                self.depthwise_norm.weight,
+                self.depthwise_norm.bias,
+                self.project.weight,
+                self.project.bias,
+            )
+            return compiled(temporal_block)(frames, offset, weights, self.depthwise.dilation[0], self.expand_norm.eps, precision)
 
 
 class SpeechEncoder(nn.Module):
@@ -117,17 +156,16 @@ class SpeechEncoder(nn.Module):
         beyond = (length.to(audio.device) - self.windows[0] + self.hop - 1).clamp(min=0)
         count = torch.div(beyond, self.hop, rounding_mode="floor") + 1
         index = torch.arange(self.frames(audio.shape[1]), device=audio.device)
-        return (index < count[:, None]).to(audio.dtype)[:, None]
+        return (index < count[:, None]).to(audio.dtype)[:, :, None]
 
     def forward(self, audio: Wave) -> list[Frames]:
-        """Return the non-negative frames of each scale, (batch, filters, frames)."""
+        """Return the non-negative frames of each scale."""
         count = self.frames(audio.shape[1])
-        coded = []
-        for window, scale in zip(self.windows, self.scales, strict=True):
-            needed = (count - 1) * self.hop + window
-            padded = F.pad(audio, (0, max(0, needed - audio.shape[1])))
-            coded.append(F.relu(scale(padded[:, None, :needed])))
-        return coded
+        padded = F.pad(audio, (0, max(0, (count - 1) * self.hop + self.windows[-1] - audio.shape[1])))
+        return [
+            F.relu(F.linear(padded.unfold(1, window, self.hop)[:, :count], scale.weight[:, 0], scale.bias))
+            for window, scale in zip(self.windows, self.scales, strict=True)
+        ]
 
 
 class SpeechDecoder(nn.Module):
@@ -143,10 +181,10 @@ class SpeechDecoder(nn.Module):
     def forward(self, frames: Frames, samples: int) -> Wave:
         """Overlap and add the frames; return the first `samples` samples.
 
-        A matrix product gives every frame's window, `fold` sums them: the transposed convolution with one
-        output channel, several times as fast on a CPU as the library's own.
+        A matrix product gives every frame's window, cut into hops; hop j of frame t belongs to hop t + j of the sum.
         """
-        windows = torch.einsum("bnt,nw->bwt", frames, self.weight)
-        length = (frames.shape[2] - 1) * self.hop + self.window
-        audio = F.fold(windows, (1, length), (1, self.window), stride=(1, self.hop))
-        return audio[:, 0, 0, :samples] + self.bias
+        hops = -(-self.window // self.hop)
+        weight = F.pad(self.weight, (0, hops * self.hop - self.window))
+        parts = pointwise(frames, weight.T).to(self.weight.dtype).unflatten(2, (hops, self.hop))
+        audio = sum(F.pad(parts[:, :, j], (0, 0, j, hops - 1 - j)) for j in range(hops))
+        return audio.flatten(1)[:, :samples] + self.bias

@@ -9,25 +9,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onevoice.models.layers import ChannelNorm, Frames, Mask
+from onevoice.models.layers import Frames, Mask, Pointwise
 
 POOLING = 3
 """Frames per max pooling window of a residual block."""
 
 
 class ValidBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation whose training statistics are taken over the valid frames of the batch alone."""
+    """Batch normalisation of channels-last frames; training statistics are those of the valid frames alone."""
 
     def forward(self, frames: Frames, mask: Mask | None = None) -> Frames:
         """Normalise by the statistics of the batch (training) or the running ones (evaluation)."""
-        if not self.training or mask is None:
-            return super().forward(frames)
-        count = mask.sum()
-        mean = (frames * mask).sum((0, 2)) / count
-        variance = ((frames - mean[:, None]) * mask).square().sum((0, 2)) / count
-        self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        if self.training:
+            mean, variance, count = self.moments(frames.to(self.weight.dtype), mask)
+            self._track(mean.detach(), (variance * count / (count - 1).clamp(min=1)).detach())
+        else:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            mean, variance = self.running_mean, self.running_var
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (frames - mean[:, None]) * scale[:, None] + self.bias[:, None]
+        return frames * scale + (self.bias - mean * scale)
+
+    def moments(self, frames: Frames, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and variance of each channel over the valid frames of the batch, and their number."""
+        if mask is None:
+            count = frames.new_tensor(frames.shape[0] * frames.shape[1])
+            variance, mean = torch.var_mean(frames, (0, 1), correction=0)
+            return mean, variance, count
+        count = mask.sum()
+        mean = (frames * mask).sum((0, 1)) / count
+        variance = ((frames - mean) * mask).square().sum((0, 1)) / count
+        return mean, variance, count
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
@@ -44,24 +56,21 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(in_channels, out_channels, 1, bias=False)
+        self.conv1 = Pointwise(in_channels, out_channels, bias=False)
         self.norm1 = ValidBatchNorm(out_channels)
         self.prelu1 = nn.PReLU()
-        self.conv2 = nn.Conv1d(out_channels, out_channels, 1, bias=False)
+        self.conv2 = Pointwise(out_channels, out_channels, bias=False)
         self.norm2 = ValidBatchNorm(out_channels)
         self.prelu2 = nn.PReLU()
-        self.skip = (
-            nn.Identity() if in_channels == out_channels else nn.Conv1d(in_channels, out_channels, 1, bias=False)
-        )
+        self.skip = nn.Identity() if in_channels == out_channels else Pointwise(in_channels, out_channels, bias=False)
 
     def forward(
-        self, frames: Float[Tensor, "batch in frames"], mask: Mask | None = None
-    ) -> Float[Tensor, "batch out pooled"]:
+        self, frames: Float[Tensor, "batch frames in"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch pooled out"]:
         """Return a third as many frames."""
         hidden = self.prelu1(self.norm1(self.conv1(frames), mask))
         hidden = self.norm2(self.conv2(hidden), mask)
-        pooled: Tensor = F.max_pool1d(self.prelu2(hidden + self.skip(frames)), POOLING)
-        return pooled
+        return pooled(self.prelu2(hidden + self.skip(frames))).amax(2)
 
 
 class SpeakerEncoder(nn.Module):
@@ -69,8 +78,8 @@ class SpeakerEncoder(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, hidden: int, speaker_dim: int) -> None:
         super().__init__()
-        self.norm = ChannelNorm(in_channels)
-        self.expand = nn.Conv1d(in_channels, channels, 1)
+        self.norm = nn.LayerNorm(in_channels)
+        self.expand = Pointwise(in_channels, channels)
         self.blocks = nn.ModuleList(
             [
                 ResidualBlock(channels, channels),
@@ -78,7 +87,7 @@ class SpeakerEncoder(nn.Module):
                 ResidualBlock(hidden, hidden),
             ]
         )
-        self.project = nn.Conv1d(hidden, speaker_dim, 1)
+        self.project = Pointwise(hidden, speaker_dim)
 
     @property
     def min_frames(self) -> int:
@@ -90,6 +99,12 @@ class SpeakerEncoder(nn.Module):
         hidden = self.expand(self.norm(coded))
         for block in self.blocks:
             hidden = block(hidden, mask)
-            mask = None if mask is None else -F.max_pool1d(-mask, POOLING)
-        frames: Tensor = self.project(hidden)
-        return frames.mean(2) if mask is None else (frames * mask).sum(2) / mask.sum(2)
+            mask = None if mask is None else pooled(mask).amin(2)
+        frames: Tensor = self.project(hidden).to(coded.dtype)
+        return frames.mean(1) if mask is None else (frames * mask).sum(1) / mask.sum(1)
+
+
+def pooled(frames: Float[Tensor, "batch frames any"]) -> Float[Tensor, "batch pooled window any"]:
+    """Group frames into windows of `POOLING`; what is left over at the end falls away."""
+    count = frames.shape[1] // POOLING
+    return frames[:, : count * POOLING].unflatten(1, (count, POOLING))

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from onevoice.config import STRICT
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Positive, Wave
-from onevoice.models.layers import ChannelNorm, SpeechDecoder, SpeechEncoder, TemporalBlock
+from onevoice.models.fused import compiled
+from onevoice.models.layers import Frames, Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock
 from onevoice.models.speaker import SpeakerEncoder
 from onevoice.units import to_samples
 
@@ -76,8 +77,8 @@ class SpExPlus(Network):
             scales * config.filters, config.channels, config.hidden, config.speaker_dim
         )
         self.classifier = nn.Linear(config.speaker_dim, config.num_classes)
-        self.norm = ChannelNorm(scales * config.filters)
-        self.bottleneck = nn.Conv1d(scales * config.filters, config.channels, 1)
+        self.norm = nn.LayerNorm(scales * config.filters)
+        self.bottleneck = Pointwise(scales * config.filters, config.channels)
         self.temporal_blocks = nn.ModuleList(
             TemporalBlock(
                 config.channels,
@@ -89,7 +90,7 @@ class SpExPlus(Network):
             for _ in range(config.stacks)
             for index in range(config.blocks)
         )
-        self.masks = nn.ModuleList(nn.Conv1d(config.channels, config.filters, 1) for _ in range(scales))
+        self.masks = nn.ModuleList(Pointwise(config.channels, config.filters) for _ in range(scales))
         self.decoders = nn.ModuleList(SpeechDecoder(config.filters, window, config.hop) for window in config.windows)
 
     def classify(self, embedding: Embedding) -> Float[Tensor, "batch num_classes"]:
@@ -97,22 +98,57 @@ class SpExPlus(Network):
         logits: Tensor = self.classifier(embedding)
         return logits
 
+    @property
+    def _fused(self) -> bool:
+        return self.compiled and self.training
+
     def _embed(self, ref: Wave, ref_length: Lengths | None) -> Embedding:
+        if self._fused:
+            ref, ref_length = _to_whole_seconds(ref, ref_length, self.config.sample_rate)
         fewest = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms: less is taken as padded by zeros
         ref = F.pad(ref, (0, max(0, fewest - ref.shape[1])))
         mask = self.encoder.mask(ref, None if ref_length is None else ref_length.clamp(min=fewest))
-        embedding: Tensor = self.speaker_encoder(torch.cat(self.encoder(ref), dim=1), mask)
-        return embedding
+        speaker_part = compiled(SpExPlus._speaker_part) if self._fused else SpExPlus._speaker_part
+        return speaker_part(self, ref, mask)
 
     def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[Wave, ...]:
-        samples = audio.shape[1]
         mask = self.encoder.mask(audio, audio_length)
-        scales = self.encoder(audio)
-        frames = self.bottleneck(self.norm(torch.cat(scales, dim=1)))
+        fused = self._fused and mask is None
+        first, last = SpExPlus._first_part, SpExPlus._last_part
+        if fused:
+            first, last = compiled(first), compiled(last)
+        scales, frames = first(self, audio)
+        if not fused:
+            frames, turned = frames.transpose(1, 2), None if mask is None else mask.transpose(1, 2)
         for index, block in enumerate(self.temporal_blocks):
-            frames = block(frames, None if index % self.config.blocks else embedding, mask)
+            speaker = None if index % self.config.blocks else embedding
+            frames = block(frames, speaker, channels_last=True) if fused else block(frames, speaker, turned)
+        return last(self, scales, frames if fused else frames.transpose(1, 2), mask, audio.shape[1])
+
+    def _speaker_part(self, ref: Wave, mask: Mask | None) -> Embedding:
+        embedding: Tensor = self.speaker_encoder(torch.cat(self.encoder(ref), dim=2), mask)
+        return embedding
+
+    def _first_part(self, audio: Wave) -> tuple[list[Frames], Float[Tensor, "batch frames bottleneck"]]:
+        scales = self.encoder(audio)
+        return scales, self.bottleneck(self.norm(torch.cat(scales, dim=2))).to(audio.dtype)
+
+    def _last_part(
+        self,
+        scales: list[Frames],
+        frames: Float[Tensor, "batch frames bottleneck"],
+        mask: Mask | None,
+        samples: int,
+    ) -> tuple[Wave, ...]:
         estimates = []
         for coded, to_mask, decoder in zip(scales, self.masks, self.decoders, strict=True):
             masked = coded * F.relu(to_mask(frames))
             estimates.append(decoder(masked if mask is None else masked * mask, samples))
         return tuple(estimates)
+
+
+def _to_whole_seconds(ref: Wave, ref_length: Lengths | None, sample_rate: int) -> tuple[Wave, Lengths]:
+    """Pad enrollments to whole seconds, so that the compiler meets few lengths."""
+    if ref_length is None:
+        ref_length = torch.full((len(ref),), ref.shape[1], device=ref.device)
+    return F.pad(ref, (0, -ref.shape[1] % sample_rate)), ref_length
