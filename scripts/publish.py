@@ -96,7 +96,7 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
 def slim(state: State, card: Card, path: Path) -> tuple[State, Card]:
     """Return weights with a classifier of no speakers and matrices in float16, and the card that goes with them.
 
-    Vectors (biases, norms and their statistics) are a hundredth of the size and stay as they are. Raises
+    Vectors (biases, norms and their statistics) are little of the size and stay as they are. Raises
     `CheckpointError` when a weight is beyond the range of float16.
     """
     kept = {name: value[:0] if name.startswith("classifier.") else value for name, value in state.items()}

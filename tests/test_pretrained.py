@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import huggingface_hub
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -264,6 +266,18 @@ def test_the_hub(tmp_path: Path) -> None:
     assert cached == "usual"  # fetched once, it needs no network
     assert re.match(r"CheckpointError: hf://lab/many/a\.safetensors: cannot be fetched from the hub", missing)
     assert "need no network" in missing
+
+
+def test_without_network_it_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client tries for half a minute by itself; asking it for a list would double that."""
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: pytest.fail("asked for a list"))
+    with pytest.raises(CheckpointError, match=r"^hf://a/b: cannot be fetched .* \(no network\); .* need no network"):
+        resolve("hf://a/b")
 
 
 def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
