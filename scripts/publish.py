@@ -51,7 +51,7 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
     Args:
         checkpoint: The weights, as training writes them; a config.json beside it goes into the card.
         name: Small letters, digits, points and hyphens; never used before.
-        report: What `onevoice eval CHECKPOINT -o REPORT` wrote.
+        report: What `onevoice eval -r CHECKPOINT -o REPORT` wrote.
         attribution: A table of the training data in CSV (corpus, licence, speaker, seconds and, where known, source),
             or a text in Markdown to be taken as it is.
     """
