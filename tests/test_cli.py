@@ -15,7 +15,7 @@ from onevoice.checkpoint import load_checkpoint
 from onevoice.config import from_dict
 from onevoice.experiment import Experiment
 
-VERBS = ("mix", "train", "eval", "extract", "info", "schema")
+VERBS = ("mix", "train", "eval", "extract", "demo", "info", "schema")
 
 
 def good(outcome: Outcome) -> Outcome:
@@ -156,8 +156,9 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 OPTIONS = {
     "mix": "--count --snr --test --seed --workers --sample-rate --segment-seconds --vad-db --trim-db --pattern",
     "train": "--config --c -c --resume --r -r --load -l --minutes --set -s",
-    "eval": "--checkpoint --r -r --config --c -c --test-data-dir -t --batch-size -b --jobs -j --output -o --limit",
-    "extract": "--checkpoint --residual --device MIXTURE ENROLLMENT OUTPUT",
+    "eval": "--checkpoint --pretrained --r -r --config --c -c -t --batch-size -b --jobs -j --output -o --limit",
+    "extract": "--pretrained --checkpoint --residual --device MIXTURE ENROLLMENT OUTPUT",
+    "demo": "--out -o --pretrained --device",
     "info": "CHECKPOINT",
     "schema": "KIND",
 }
@@ -180,7 +181,7 @@ def test_scripts_and_command_are_one(verb: str) -> None:
         (["sing"], 'Unknown command "sing"'),
         (["mix"], "two folders, the corpus and the one to write"),
         (["eval"], "requires an argument"),
-        (["extract", "a.wav", "b.wav", "c.wav"], "requires an argument"),
+        (["extract", "a.wav", "b.wav"], "requires an argument"),
         (["info", "a.safetensors", "--loud"], "Unknown option: --loud"),
         (["eval", "-r", "a", "-b", "two"], 'unable to convert "two" into int'),
         (["mix", "a", "b", "--snr", "loud"], 'unable to convert "loud" into float'),

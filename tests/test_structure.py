@@ -18,9 +18,9 @@ FLOORS = [
     # networks
     "models.base", "models.layers", "models.speaker", "models.spexplus", "models",
     # what both meet in
-    "rendering", "loss", "metrics", "scoring", "checkpoint",
+    "rendering", "loss", "metrics", "scoring", "checkpoint", "pretrained",
     # using and judging, which never import learning
-    "devices", "extraction", "streaming", "export", "evaluation", "report",
+    "devices", "extraction", "demo", "streaming", "export", "evaluation", "report",
     # learning
     "tracking", "experiment", "optim", "sources", "training",
     # on top
@@ -32,6 +32,7 @@ DOORS = {
     "soundfile": {"audio"},
     "soxr": {"audio"},
     "safetensors": {"checkpoint"},
+    "huggingface_hub": {"pretrained"},
     "pesq": {"metrics"},
     "pystoi": {"metrics"},
     "fast_bss_eval": {"metrics"},
@@ -137,7 +138,9 @@ def test_data_know_nothing_of_networks(name: str) -> None:
     assert not {each for each in reaches(name) if each.split(".")[0] in {"models", "loss", "checkpoint", *LEARNING}}
 
 
-@pytest.mark.parametrize("name", ["devices", "extraction", "streaming", "export", "evaluation", "report", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["pretrained", "devices", "extraction", "demo", "streaming", "export", "evaluation", "report", "checkpoint"]
+)
 def test_using_and_judging_never_import_learning(name: str) -> None:
     if name in modules():
         assert not reaches(name) & LEARNING
@@ -152,7 +155,7 @@ def test_foreign_libraries_have_one_door() -> None:
 
 def test_the_doors_are_in_use() -> None:
     """A wrong name in DOORS would guard nothing."""
-    for library in ("soundfile", "soxr", "safetensors", "cyclopts"):
+    for library in ("soundfile", "soxr", "safetensors", "huggingface_hub", "cyclopts"):
         assert any(each.split(".")[0] == library for name in DOORS[library] for each in imports(name))
 
 
@@ -197,7 +200,7 @@ print(json.dumps([sorted(heavy), out.getvalue()]))
 """
 
 
-@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "info", "schema"])
+@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "demo", "info", "schema"])
 def test_help_is_there_at_once(verb: str) -> None:
     done = process(["-c", HELP, json.dumps([*verb.split(), "--help"])])
     assert (done.status, done.err) == (0, "")

@@ -2,7 +2,7 @@
 
     import onevoice
 
-    extractor = onevoice.load("best.safetensors")
+    extractor = onevoice.load()
     voice = extractor.extract(mixture, 16_000, enrollment, 16_000)
 
 The public names below are loaded when first used, so that importing the package costs nothing.

@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -95,14 +96,17 @@ def load_model(
 ) -> tuple[Network, Card]:
     """Build the network of a checkpoint with its weights, in evaluation mode, on `device`.
 
-    `config` is needed for `.pth` files, which do not say what they are, and is ignored otherwise.
+    `config` is needed for `.pth` files, which do not say what they are, and is ignored otherwise. Weights stored in
+    16 bits become 32-bit ones.
     """
     state, card = load_weights(path)
     if card is None:
         if config is None:
             raise CheckpointError(f"{path}: does not say which model it is; name the model in a config (--c)")
         card = Card(config)
-    model = build_model(card.config)
+    with warnings.catch_warnings():  # published networks have a classifier of no speakers
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = build_model(card.config)
     load_state(model, state, path)
     return model.to(device).eval(), card
 

@@ -29,6 +29,9 @@ Set = Annotated[
     Parameter(name=["--set", "-s"], consume_multiple=True, help="Override a key of the config: a.b.c=VALUE."),
 ]
 
+Pretrained = Annotated[str | None, Parameter(name=["--pretrained", "--checkpoint"])]
+"""Weights by NAME, PATH or hf://…; the default ones when not given."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with `argv` (the process's arguments by default) and exit."""
@@ -122,7 +125,7 @@ def train(
     *,
     config: Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])] = None,
     resume: Annotated[Path | None, Parameter(name=["--resume", "--r", "-r"])] = None,
-    load: Annotated[Path | None, Parameter(name=["--load", "-l"])] = None,
+    load: Annotated[str | None, Parameter(name=["--load", "-l"])] = None,
     minutes: float | None = None,
     set_: Set = None,
 ) -> None:
@@ -131,11 +134,12 @@ def train(
     Args:
         config: The experiment, a JSON file; with --resume the run's own config.json unless given.
         resume: A checkpoint of this experiment; everything goes on where it stood, to the same weights bit for bit.
-        load: A checkpoint whose weights alone are taken; training starts afresh.
+        load: NAME, PATH or hf://OWNER/REPO whose weights alone are taken; training starts afresh.
         minutes: Stop cleanly at a checkpoint after so long.
     """
     from onevoice.config import load_config
     from onevoice.experiment import Experiment
+    from onevoice.pretrained import resolve
     from onevoice.training import train as run
 
     if resume is not None and load is not None:
@@ -146,14 +150,15 @@ def train(
                 "name an experiment with --config FILE.json, or a run to go on with by --resume CHECKPOINT"
             )
         config = resume.parent / "config.json"
-    folder = run(load_config(Experiment, config, set_ or []), resume=resume, load=load, minutes=minutes)
+    weights = None if load is None else resolve(load)
+    folder = run(load_config(Experiment, config, set_ or []), resume=resume, load=weights, minutes=minutes)
     print(f"run folder: {folder} (best.safetensors is the one to use)")
 
 
 @app.command(name="eval")
 def eval_(
     *,
-    checkpoint: Annotated[Path, Parameter(name=["--checkpoint", "--resume", "--r", "-r"])],
+    checkpoint: Annotated[str, Parameter(name=["--checkpoint", "--pretrained", "--resume", "--r", "-r"])],
     config: Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])] = None,
     test_data_dir: Annotated[Path | None, Parameter(name=["--test-data-dir", "--t", "-t"])] = None,
     batch_size: Annotated[int | None, Parameter(name=["--batch-size", "--b", "-b"])] = None,
@@ -166,7 +171,7 @@ def eval_(
     """Score a checkpoint on trials: SI-SDR, PESQ, SI-SDRi, STOI, failure rate, counts.
 
     Args:
-        checkpoint: The model to judge, usually a run's best.safetensors.
+        checkpoint: The model to judge: NAME, PATH (usually a run's best.safetensors) or hf://OWNER/REPO.
         config: Defaults for the options below, a JSON file (configs/test_config.json).
         test_data_dir: Folder of trials: mix/, refs/, targets/, or NAME-mixed.wav, -ref.wav, -target.wav.
         batch_size: Trials per pass of the network; changes the speed, not the numbers.
@@ -214,7 +219,7 @@ def eval_(
     print(f"{checkpoint} on {place}")
     print(format_report(report))
     if output is not None:
-        about = {"checkpoint": str(checkpoint), "data": to_dict(settings.protocol), "facts": dict(extractor.card.facts)}
+        about = {"checkpoint": checkpoint, "data": to_dict(settings.protocol), "facts": dict(extractor.card.facts)}
         rows = save_report(report, output, about)
         print(f"written: {output}, {rows}")
 
@@ -225,7 +230,7 @@ def extract(
     enrollment: Path,
     output: Path,
     *,
-    checkpoint: Path,
+    pretrained: Pretrained = None,
     residual: Path | None = None,
     config: Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])] = None,
     device: str = "auto",
@@ -236,7 +241,7 @@ def extract(
         mixture: The recording of several people: any format libsndfile reads, any rate, channels are averaged.
         enrollment: Another recording of the wanted person alone, 3 s or more (0.5 s at the least).
         output: The file to write; its ending names the format (.wav is 32-bit float).
-        checkpoint: The model, usually a run's best.safetensors.
+        pretrained: NAME of published weights, PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
         residual: Also write what is left: mixture minus output.
         config: A config as for eval whose section `model` says what a .pth checkpoint is; others say so themselves.
         device: Where the network runs: cpu, cuda, …; auto takes the best there is.
@@ -249,16 +254,49 @@ def extract(
         if path is not None:
             require_writable_format(path)
             require_writable(path)
-    extract_file(load(checkpoint, _model_of(config), device), mixture, enrollment, output, residual)
+    extract_file(load(pretrained, _model_of(config), device), mixture, enrollment, output, residual)
     print(output)
 
 
 @app.command
-def info(checkpoint: Path) -> None:
-    """Print what a checkpoint says of itself: model, config, speakers, facts."""
+def demo(
+    *,
+    out: Annotated[Path, Parameter(name=["--out", "--output", "--o", "-o"])] = Path("onevoice-demo"),
+    pretrained: Pretrained = None,
+    device: str = "auto",
+) -> None:
+    """Extract a voice from the sample recordings that come with the package, and measure the result.
+
+    Args:
+        out: The folder to write: mixture.wav, enrollment.wav, voice.wav and residual.wav.
+        pretrained: NAME of published weights, PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
+        device: Where the network runs: cpu, cuda, …; auto takes the best there is.
+    """
+    from onevoice.demo import run
+    from onevoice.extraction import load
+    from onevoice.files import require_writable
+
+    require_writable(out / "voice.wav")
+    print(run(load(pretrained, device=device), out).text())
+
+
+@app.command
+def info(checkpoint: str | None = None) -> None:
+    """List the published weights; or print what one checkpoint says of itself: model, config, speakers, facts.
+
+    Args:
+        checkpoint: NAME, PATH or hf://OWNER/REPO; without it the list.
+    """
+    from onevoice.pretrained import read_registry, resolve
+
+    if checkpoint is None:
+        registry = read_registry()
+        lines = [each.line(name) + " (default)" * (name == registry.default) for name, each in registry.weights.items()]
+        print("\n".join(lines) or "no weights come with this installation")
+        return
     from onevoice.checkpoint import load_checkpoint
 
-    state, card = load_checkpoint(checkpoint)
+    state, card = load_checkpoint(resolve(checkpoint))
     print(json.dumps({**json.loads(card.to_json()), "weights": sum(v.numel() for v in state.values())}, indent=2))
 
 

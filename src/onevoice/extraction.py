@@ -22,6 +22,7 @@ from onevoice.checkpoint import Card, load_model
 from onevoice.devices import pick_device
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.models import Batch, ModelConfig, Network, to_network
+from onevoice.pretrained import resolve
 
 MIN_ENROLLMENT_SECONDS = 0.5
 """Shorter enrollments are refused; 3 s and more of clean speech are advised."""
@@ -79,12 +80,13 @@ class Extractor:
         return match_level(fit_length(estimate, len(mixture)), mixture)
 
 
-def load(checkpoint: str | Path, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
-    """Load a checkpoint for use; `config` names the model for `.pth` files, which do not.
+def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
+    """Load weights for use: a published name, a path or `hf://OWNER/REPO` (`onevoice.pretrained`), or the default.
 
-    Raises `CheckpointError`, and `ConfigError` for a device that torch does not know or has not got.
+    `config` names the model for `.pth` files, which do not. Raises `CheckpointError`, and `ConfigError` for a device
+    that torch does not know or has not got.
     """
-    return Extractor(*load_model(checkpoint, config, pick_device(device)))
+    return Extractor(*load_model(resolve(checkpoint), config, pick_device(device)))
 
 
 def extract_file(

@@ -1,0 +1,255 @@
+"""Publish weights under a name that never changes its bytes again: python3 scripts/publish.py --help.
+
+The file loses what extraction does not need (the classifier and the names of the training speakers), its matrices are
+rounded to float16 (the loader computes in float32), and paths in its facts are cut to their last part. It is written
+into the package with its line of the registry, as the new default, and a model card whose remaining gaps are marked.
+"""
+
+import csv
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from cyclopts import App, CycloptsError
+
+from onevoice import demo, pretrained
+from onevoice.checkpoint import Card, State, load_checkpoint, load_model, save_checkpoint
+from onevoice.config import to_dict
+from onevoice.errors import CheckpointError, ConfigError, OnevoiceError
+from onevoice.extraction import Extractor
+from onevoice.files import atomic_write
+from onevoice.models import Network
+from onevoice.pretrained import Published, read_registry
+from onevoice.rows import to_document
+
+CARDS = Path(__file__).parents[1] / "docs" / "models"
+LARGEST_BYTES = 30_000_000
+GAP = "> To be written:"
+"""Opens what no program can know; a test refuses published cards that still hold it."""
+
+TITLES = {
+    "si_sdr_improvement": "SI-SDRi (dB)",
+    "si_sdr": "SI-SDR (dB)",
+    "sdr": "SDR (dB)",
+    "pesq": "PESQ",
+    "stoi": "STOI",
+    "estoi": "ESTOI",
+}
+app = App(help="Publish a checkpoint with the package.")
+
+
+@app.default
+def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | None = None) -> None:
+    """Write weights/NAME.safetensors, its line of the registry, as the new default, and docs/models/NAME.md.
+
+    Args:
+        checkpoint: The weights, as training writes them; a config.json beside it goes into the card.
+        name: Small letters, digits, points and hyphens; never used before.
+        report: What `onevoice eval -r CHECKPOINT -o REPORT` wrote.
+        attribution: A table of the training data in CSV (corpus, licence, speaker, seconds and, where known, source),
+            or a text in Markdown to be taken as it is.
+    """
+    registry = read_registry()
+    file, document = pretrained.WEIGHTS / f"{name}.safetensors", CARDS / f"{name}.md"
+    if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
+        raise ConfigError(f"{name}: a name has small letters, digits, and points or hyphens between them")
+    for path in (file, document):
+        if name in registry.weights or path.exists():
+            raise ConfigError(f"{path}: is there already; a published name never changes, choose a new one")
+    state, card = load_checkpoint(checkpoint)
+    result = read_report(report, card)
+    sources = describe_data(attribution, card)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / file.name
+        save_checkpoint(draft, *slim(state, card, checkpoint))
+        model, slim_card = load_model(draft)
+        data = draft.read_bytes()
+        before, after = (try_on_sample(*load_model(path)) for path in (checkpoint, draft))
+    if len(data) > LARGEST_BYTES:
+        raise CheckpointError(f"{checkpoint}: has {len(data):,} bytes after rounding; {LARGEST_BYTES:,} are allowed")
+    published = Published(
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        sample_rate=card.config.sample_rate,
+        si_sdr_improvement_db=round(result["metrics"]["si_sdr_improvement"]["mean"], 3),
+    )
+    rounding = (
+        f"SI-SDRi on the sample recording of `onevoice demo`: {before:.4f} dB in float32, {after:.4f} dB published."
+    )
+    law = experiment_beside(checkpoint) or {"model": to_dict(slim_card.config), **slim_card.facts}
+    text = model_card(name, published, slim_card, result, sources, rounding, law)
+    atomic_write(document, text.encode())
+    atomic_write(file, data)
+    entry = replace(registry, default=name, weights={**registry.weights, name: published})
+    atomic_write(pretrained.WEIGHTS / pretrained.REGISTRY, to_document(to_dict(entry)))
+    print(published.line(name), rounding, sep="\n")
+    print(f"written: {file}, {document} ({text.count(GAP)} gaps to fill), {pretrained.WEIGHTS / pretrained.REGISTRY}")
+
+
+def slim(state: State, card: Card, path: Path) -> tuple[State, Card]:
+    """Return weights with a classifier of no speakers and matrices in float16, and the card that goes with them.
+
+    Vectors (biases, norms and their statistics) are little of the size and stay as they are. Raises
+    `CheckpointError` when a weight is beyond the range of float16.
+    """
+    kept = {name: value[:0] if name.startswith("classifier.") else value for name, value in state.items()}
+    rounded = {name: value.half() if value.ndim > 1 else value for name, value in kept.items()}
+    for name, value in rounded.items():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {name} has values that are not finite, or beyond the range of float16")
+    return rounded, Card(replace(card.config, num_classes=0), (), portable(dict(card.facts)))
+
+
+def try_on_sample(model: Network, card: Card) -> float:
+    """Return the SI-SDRi in dB on the sample recording."""
+    with tempfile.TemporaryDirectory() as folder:
+        return demo.run(Extractor(model, card), Path(folder)).si_sdr_improvement_db
+
+
+def portable(value: Any) -> Any:
+    """Return JSON values in which every absolute path has become its last part."""
+    if isinstance(value, dict):
+        return {key: portable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [portable(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def read_report(path: Path, card: Card) -> dict[str, Any]:
+    """Return the report of this checkpoint; raises `ConfigError` for one of another, or without SI-SDRi."""
+    result: dict[str, Any] = read_json(path)
+    if portable(result.get("facts")) != portable(dict(card.facts)):
+        raise ConfigError(f"{path}: is the report of another checkpoint; evaluate this one with -o {path}")
+    if result.get("metrics", {}).get("si_sdr_improvement", {}).get("mean") is None:
+        raise ConfigError(f"{path}: has no mean of si_sdr_improvement; evaluate with the metrics that are the default")
+    return result
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises `ConfigError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+
+
+def experiment_beside(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the config that training keeps beside its checkpoints, without absolute paths."""
+    path = checkpoint.parent / "config.json"
+    experiment: dict[str, Any] | None = portable(read_json(path)) if path.is_file() else None
+    return experiment
+
+
+def describe_data(attribution: Path | None, card: Card) -> str:
+    """Return the section of the card on corpora and licences."""
+    if attribution is None:
+        return f"{GAP} each corpus with licence, attribution, speakers, hours and where it comes from."
+    text = attribution.read_text(encoding="utf-8")
+    return attribution_table(text, card, attribution) if attribution.suffix == ".csv" else text.strip()
+
+
+def attribution_table(text: str, card: Card, path: Path) -> str:
+    """Add up a table of utterances by corpus and licence, of the speakers that the network was trained on alone."""
+    rows = list(csv.DictReader(text.splitlines()))
+    lacking = {"corpus", "licence", "speaker", "seconds"} - set(rows[0] if rows else ())
+    if lacking:
+        raise ConfigError(f"{path}: lacks the columns {', '.join(sorted(lacking))}")
+    trained = {speaker.split("@")[0] for speaker in card.speakers}
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        if row["speaker"] in trained:
+            groups.setdefault((row["corpus"], row["licence"], row.get("source", "")), []).append(row)
+    if not groups:
+        raise ConfigError(f"{path}: names none of the speakers that the checkpoint was trained on")
+    lines = ["| corpus | licence | speakers | utterances | hours | source |", "|---|---|---|---|---|---|"]
+    for (corpus, licence, source), members in sorted(groups.items()):
+        speakers = len({row["speaker"] for row in members})
+        hours = sum(float(row["seconds"]) for row in members) / 3600
+        lines.append(f"| {corpus} | {licence} | {speakers} | {len(members)} | {hours:.2f} | {source} |")
+    return "\n".join(lines)
+
+
+def results_table(result: dict[str, Any]) -> str:
+    """Return the figures of a report as a table, and what else it counts."""
+    lines = ["| figure | mean | 95 % interval of the mean | median | 5th percentile | n |", "|---|---|---|---|---|---|"]
+    for name, title in TITLES.items():
+        s = result["metrics"].get(name)
+        if s is not None and s["mean"] is not None:
+            low, high = s["interval_95"]
+            figures = f"{s['mean']:.3f} | {low:.3f} to {high:.3f} | {s['median']:.3f} | {s['percentile_5']:.3f}"
+            lines.append(f"| {title} | {figures} | {s['count']} |")
+    failures = f"Failures (SI-SDRi below {result['failure_threshold_db']:g} dB): {100 * result['failure_rate']:.1f} %."
+    absent = result["attenuation_db"]
+    if absent is None:
+        return "\n".join([*lines, "", failures])
+    attenuation = f"mean {absent['mean']:.2f} dB, median {absent['median']:.2f} dB"
+    return "\n".join([*lines, "", failures, f"Target absent ({absent['count']} trials): attenuation {attenuation}."])
+
+
+def model_card(
+    name: str,
+    published: Published,
+    card: Card,
+    result: dict[str, Any],
+    sources: str,
+    rounding: str,
+    law: dict[str, Any],
+) -> str:
+    """Return the model card; what no program can know is marked by `GAP`."""
+    facts = [f"{key} {value}" for key, value in card.facts.items() if isinstance(value, str | int | float)]
+    counts = f"{result['target_present']} with the target, {result['target_absent']} without"
+    return f"""# {name}
+
+    onevoice extract mixture.wav enrollment.wav voice.wav --pretrained {name}
+
+| | |
+|---|---|
+| file | `src/onevoice/weights/{name}.safetensors`, {published.bytes / 1e6:.2f} MB, matrices in float16 |
+| SHA-256 | `{published.sha256}` |
+| network | `{card.config.name}`, {published.parameters:,} parameters without classifier, {published.sample_rate} Hz |
+| licence | MIT, as the code; the recordings named below are not part of it and keep their own licences |
+
+## Results
+
+Trials: `{json.dumps(portable(result["data"]))}`, {counts}.
+
+{results_table(result)}
+
+{rounding}
+
+{GAP} whether these figures are of the float32 or of the published weights, and the difference between them.
+
+## Data and attribution
+
+{sources}
+
+## Training
+
+{"; ".join(facts)}.
+
+```json
+{json.dumps(law, indent=1, ensure_ascii=False)}
+```
+
+{GAP} the commands from the data to the checkpoint, their minutes and hardware.
+
+## Limits
+
+{GAP} languages, ages, recordings and mixtures that it was not trained for; what it does when the target is absent.
+"""
+
+
+if __name__ == "__main__":
+    try:
+        app(exit_on_error=False, print_error=False)
+    except (OnevoiceError, CycloptsError) as error:
+        sys.exit(f"publish: error: {' '.join(str(error).split())}")
+    except OSError as error:
+        sys.exit(f"publish: error: {error.filename}: {error.strerror}")
