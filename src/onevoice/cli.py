@@ -124,6 +124,7 @@ def train(
     resume: Annotated[Path | None, Parameter(name=["--resume", "--r", "-r"])] = None,
     load: Annotated[Path | None, Parameter(name=["--load", "-l"])] = None,
     minutes: float | None = None,
+    profile: int | None = None,
     set_: Set = None,
 ) -> None:
     """Train a model as a config says; the run is kept in RUNS_FOLDER/NAME of that config.
@@ -133,6 +134,7 @@ def train(
         resume: A checkpoint of this experiment; everything goes on where it stood, to the same weights bit for bit.
         load: A checkpoint whose weights alone are taken; training starts afresh.
         minutes: Stop cleanly at a checkpoint after so long.
+        profile: Do not train: time so many steps, print a table, write it and a trace to RUN/profile, save no weights.
     """
     from onevoice.config import load_config
     from onevoice.experiment import Experiment
@@ -146,7 +148,13 @@ def train(
                 "name an experiment with --config FILE.json, or a run to go on with by --resume CHECKPOINT"
             )
         config = resume.parent / "config.json"
-    folder = run(load_config(Experiment, config, set_ or []), resume=resume, load=load, minutes=minutes)
+    experiment = load_config(Experiment, config, set_ or [])
+    if profile is not None:
+        from onevoice.profiling import profile_training
+
+        profile_training(experiment, profile, load=resume or load)
+        return
+    folder = run(experiment, resume=resume, load=load, minutes=minutes)
     print(f"run folder: {folder} (best.safetensors is the one to use)")
 
 
