@@ -67,7 +67,7 @@ def main() -> None:
         files |= {f"speech/{path.name}": path for path in options.speech}
         calls = split(files, options.out, limits)
     for call in calls:
-        for script in ("parts.py", "unpack.py", "run.py"):
+        for script in ("parts.py", "unpack.py", "run.py", "measure.sh"):
             shutil.copy(HERE / script, call)
         size = sum(path.stat().st_size for path in call.iterdir())
         parts = ", ".join(path.name for path in sorted(call.glob("*.[0-9][0-9][0-9]")))

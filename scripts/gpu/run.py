@@ -37,7 +37,7 @@ def main() -> None:
     changes = ["--set", *options.set] if options.set else []
     onevoice(scratch, "train", "--config", config, "--minutes", options.minutes, *start, *changes)
     weights = next(path for name in ("best", "last") if (path := run / f"{name}.safetensors").exists())
-    metrics = ["--metrics", "si_sdr", "si_sdr_improvement", "--output", run / "validation.json"]
+    metrics = ["--jobs", "1", "--metrics", "si_sdr", "si_sdr_improvement", "--output", run / "validation.json"]
     onevoice(scratch, "eval", "--checkpoint", weights, "-t", "data/validation", *metrics)
     small = ("validation.json", "metrics.jsonl", "config.json")
     files = {path.name: path for path in (weights, *(run / name for name in small), run / "last.resume.pt")}

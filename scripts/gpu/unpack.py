@@ -20,7 +20,7 @@ from pathlib import Path
 from parts import join, missing_calls
 
 SPEEDS = ("0.9", "1.1")
-TRIALS = ("--count", "60", "--test", "--snr", "-5", "-2.5", "0", "2.5", "5", "--seed", "7")
+LAW = ("--test", "--snr", "-5", "-2.5", "0", "2.5", "5", "--seed", "7")
 
 
 def onevoice(scratch: Path, *arguments: object) -> None:
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("call", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--held-out", type=int, default=12, help="speakers kept for validation, at least 2")
+    parser.add_argument("--trials", type=int, default=60, help="validation trials made of them")
     options = parser.parse_args()
     scratch = options.scratch.resolve()
     shutil.copytree(options.call, scratch / "parts", dirs_exist_ok=True)
@@ -78,7 +79,7 @@ def main() -> None:
     onevoice(scratch, "corpus", "pack", "train", "packs/pool", "--speeds", *SPEEDS)
     if (scratch / "noise").exists():
         onevoice(scratch, "corpus", "pack", "noise/noise.tar", "packs/noise", "--layout", "flat")
-    onevoice(scratch, "mix", "valid", "data/validation", *TRIALS)
+    onevoice(scratch, "mix", "valid", "data/validation", "--count", options.trials, *LAW)
     print(f"ready: python3 {options.call}/run.py {options.scratch} --minutes 8")
 
 

@@ -1,0 +1,21 @@
+#!/bin/sh
+# The rows of docs/performance.md that want a GPU: sh call-1/measure.sh SCRATCH [OUT], after unpack.py and a first run.py.
+set -eu
+cd "$1"
+export PYTHONPATH="$PWD/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+out=${2:-$PWD/measured}
+mkdir -p "$out"
+measure() { # NAME COMMAND...: show and keep what a command prints; the others go on when one fails
+    name=$1
+    shift
+    echo "== $*"
+    "$@" >"$out/$name.txt" 2>&1 || echo "failed, status $?"
+    cat "$out/$name.txt"
+}
+config="code/configs/gpu_pool.json --set name=profile"
+measure profile python3 -m onevoice train --config $config --profile 20
+measure profile_float32 python3 -m onevoice train --config $config training.precision=float32 --profile 10
+measure train_speed python3 code/benchmarks/train_speed.py --device cuda --batch 64
+measure data_speed python3 code/benchmarks/data_speed.py --pack packs/pool --device cuda --batch 64 --step-batch 64
+measure model_speed python3 code/benchmarks/model_speed.py --device cuda --batch 16
+cp runs/profile/profile/profile.json runs/profile/profile/trace.json.gz "$out" 2>/dev/null || true
