@@ -199,14 +199,12 @@ def _measure(trainer: Trainer, steps: int, folder: Path, clock: Callable[[], flo
     operators = _trace(trainer, batches, folder)
     counter = CostCounter(trainer.experiment.model, precision)
     costs = {shape: counter(dict(shape)) for shape in {tuple(sorted(each.items())) for each in shapes}}
-    examples = [each["audio"][0] for each in shapes]
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else _device_name(device)
+    examples, rate = [each["audio"][0] for each in shapes], trainer.experiment.model.sample_rate
     return Profile(
-        machine=f"{steps} steps of {examples[0]} × {shapes[0]['audio'][1] / trainer.rate:g} s on {device.type} "
-        f"({threads}), {trainer.experiment.training.precision}, torch {torch.__version__}",
+        machine=_describe(trainer, steps, *shapes[0]["audio"]),
         steps=steps,
         examples=sum(examples),
-        audio_seconds=sum(each["audio"][0] * each["audio"][1] for each in shapes) / trainer.rate,
+        audio_seconds=sum(each["audio"][0] * each["audio"][1] for each in shapes) / rate,
         cost=sum((costs[tuple(sorted(each.items()))] for each in shapes), Cost()),
         step_seconds=times,
         wait_seconds=waits,
@@ -274,8 +272,16 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _describe(trainer: Trainer, steps: int, size: int, samples: int) -> str:
+    """Say what was run, and on what."""
+    device, settings = trainer.device, trainer.experiment
+    cpu = f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu if device.type == "cpu" else "1 device"
+    seconds = samples / settings.model.sample_rate
+    return (
+        f"{steps} steps of {size} × {seconds:g} s on {device.type} ({name}), {settings.training.precision}, "
+        f"torch {torch.__version__}"
+    )
 
 
 def _rate(amount: int, steps: int, seconds: float, ceiling: float, unit: str) -> str:
