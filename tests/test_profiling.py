@@ -86,8 +86,8 @@ def test_traffic_is_inputs_and_outputs_and_views_are_free() -> None:
     assert traffic.products == 4 * (15 + 35 + 21)
     assert traffic.all == traffic.products + 4 * (21 + 21)
     with _Traffic() as traffic:
-        left[:1].expand(3, 5) + torch.empty(3, 5)
-    assert traffic.all == 4 * (15 + 15 + 15)  # a repeated row lies in a storage of 15 numbers
+        left[:1].expand(30, 5) + torch.empty(30, 5)
+    assert traffic.all == 4 * (15 + 150 + 150)  # the repeated row lies in a storage of 15 numbers
 
 
 def test_the_floor_is_the_slower_of_products_and_their_operands() -> None:
@@ -122,8 +122,7 @@ def test_products_are_told_from_depthwise_convolutions() -> None:
                 assert _is_product(event.key, event.input_shapes) == (groups == 1), event
             found[_is_product(event.key, event.input_shapes)].add(event.key)
     assert "aten::mm" in found[True]
-    assert {"aten::relu", "aten::sum", "aten::add"} & found[False]
-    assert "aten::relu" not in found[True]
+    assert {"aten::relu", "aten::sum"} <= found[False] - found[True]
     assert not _is_product("void conv_depthwise2d_backward_kernel", [])
     assert _is_product("sm90_xmma_gemm_bf16bf16_bf16f32", [])
     assert _is_product("triton_tem_fused_mm_3", [])
