@@ -201,6 +201,10 @@ def test_bad_numbers_of_steps(trials: Path, tmp_path: Path, capsys: pytest.Captu
     done = command(capsys, "train", "--c", config, "--profile", steps)
     assert (done.status, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert "--profile" in done.err
+    done = command(capsys, "train", "--c", config, "--profile", "2", "--minutes", "3")
+    assert (done.status, done.err) == (
+        2, "onevoice: error: --profile and --minutes exclude each other: a profile ends after its steps\n",
+    )  # fmt: skip
     assert not (tmp_path / "runs").exists()
 
 

@@ -12,10 +12,11 @@ measure() { # NAME COMMAND...: show and keep what a command prints; the others g
     "$@" >"$out/$name.txt" 2>&1 || echo "failed, status $?"
     cat "$out/$name.txt"
 }
-config="code/configs/gpu_pool.json --set name=profile"
-measure profile python3 -m onevoice train --config $config --profile 20
-measure profile_float32 python3 -m onevoice train --config $config training.precision=float32 --profile 10
+for precision in bfloat16 float32; do
+    measure "profile-$precision" python3 -m onevoice train --config code/configs/gpu_pool.json \
+        --set "name=profile-$precision" "training.precision=$precision" --profile 20
+    cp "runs/profile-$precision/profile/profile.json" "$out/profile-$precision.json" || true
+done
 measure train_speed python3 code/benchmarks/train_speed.py --device cuda --batch 64
 measure data_speed python3 code/benchmarks/data_speed.py --pack packs/pool --device cuda --batch 64 --step-batch 64
 measure model_speed python3 code/benchmarks/model_speed.py --device cuda --batch 16
-cp runs/profile/profile/profile.json runs/profile/profile/trace.json.gz "$out" 2>/dev/null || true

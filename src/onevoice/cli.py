@@ -150,6 +150,8 @@ def train(
         config = resume.parent / "config.json"
     experiment = load_config(Experiment, config, set_ or [])
     if profile is not None:
+        if minutes is not None:
+            raise ConfigError("--profile and --minutes exclude each other: a profile ends after its steps")
         from onevoice.profiling import profile_training
 
         profile_training(experiment, profile, load=resume or load)
