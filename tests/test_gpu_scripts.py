@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, Outcome, process
+from tiny import ROOT, Outcome, process, save_tiny
 from voices import make_corpus
 
 from onevoice.checkpoint import load_checkpoint, load_model
@@ -146,7 +146,10 @@ def script(folder: Path, name: str, *arguments: object) -> Outcome:
 
 def test_from_shards_to_weights_and_on(tmp_path: Path, shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     size = ("--part-mib", 0.2, "--call-mib", 0.6)
-    packed(monkeypatch, tmp_path / "sent", "--speech", *shards, "--noise", shards[0], *size)
+    config = small_config(tmp_path / "small.json")
+    start = save_tiny(tmp_path / "start.safetensors", load_config(Experiment, config, ["model.num_classes=4"]).model)
+    sent = ("--speech", *shards, "--noise", shards[0], "--weights", start)
+    packed(monkeypatch, tmp_path / "sent", *sent, *size)
     calls = sorted((tmp_path / "sent").iterdir(), key=lambda call: int(call.name.split("-")[1]))
     assert len(calls) > 2
     scratch = tmp_path / "scratch"
@@ -164,10 +167,11 @@ def test_from_shards_to_weights_and_on(tmp_path: Path, shards: list[Path], monke
     assert (len(voices[0]), len(voices[1])) == (4, 2)
     assert sorted(pool.speakers) == sorted(f"{name}{speed}" for name in voices[0] for speed in ("", "@0.9", "@1.1"))
 
-    config = small_config(tmp_path / "small.json")
     first = script(calls[0], "run.py", scratch, "--minutes", "0", "--config", config, "--out", tmp_path / "returned")
+    assert "start.safetensors loaded" in first.out
     assert "time is up at step 1" in first.out
-    script(calls[0], "run.py", scratch, "--minutes", "5", "--config", config, "--out", tmp_path / "returned")
+    second = script(calls[0], "run.py", scratch, "--minutes", "5", "--config", config, "--out", tmp_path / "returned")
+    assert "resumed" in second.out
     parts.join(scratch / "return", tmp_path / "home")
     model, card = load_model(tmp_path / "home" / "best.safetensors")
     assert card.facts["step"] in (2, 4)

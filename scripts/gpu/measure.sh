@@ -1,10 +1,11 @@
 #!/bin/sh
-# The rows of docs/performance.md that want a GPU: sh call-1/measure.sh SCRATCH [OUT], after unpack.py and a first run.py.
+# The rows of docs/performance.md that want a GPU: sh call-1/measure.sh SCRATCH [OUT], after unpack.py.
 set -eu
+out=${2:-$1/measured}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
 cd "$1"
 export PYTHONPATH="$PWD/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-out=${2:-$PWD/measured}
-mkdir -p "$out"
 measure() { # NAME COMMAND...: show and keep what a command prints; the others go on when one fails
     name=$1
     shift
