@@ -22,7 +22,7 @@ FLOORS = [
     # using and judging, which never import learning
     "devices", "extraction", "demo", "streaming", "export", "evaluation", "report",
     # learning
-    "tracking", "experiment", "optim", "sources", "training",
+    "tracking", "experiment", "optim", "sources", "training", "roofline", "profiling",
     # on top
     "server", "cli_corpus", "cli", "__main__", "__init__",
 ]  # fmt: skip
@@ -45,7 +45,7 @@ DOORS = {
 }
 """The modules that may import a foreign library."""
 
-LEARNING = {"tracking", "experiment", "optim", "sources", "training"}
+LEARNING = {"tracking", "experiment", "optim", "sources", "training", "profiling"}
 DATA = set(FLOORS[FLOORS.index("silence") : FLOORS.index("models.base")])
 
 LONGEST_FILE = 400

@@ -127,6 +127,7 @@ def train(
     resume: Annotated[Path | None, Parameter(name=["--resume", "--r", "-r"])] = None,
     load: Annotated[str | None, Parameter(name=["--load", "-l"])] = None,
     minutes: float | None = None,
+    profile: int | None = None,
     set_: Set = None,
 ) -> None:
     """Train a model as a config says; the run is kept in RUNS_FOLDER/NAME of that config.
@@ -136,6 +137,7 @@ def train(
         resume: A checkpoint of this experiment; everything goes on where it stood, to the same weights bit for bit.
         load: NAME, PATH or hf://OWNER/REPO whose weights alone are taken; training starts afresh.
         minutes: Stop cleanly at a checkpoint after so long.
+        profile: Do not train: time so many steps, print a table, write it and a trace to RUN/profile, save no weights.
     """
     from onevoice.config import load_config
     from onevoice.experiment import Experiment
@@ -150,8 +152,16 @@ def train(
                 "name an experiment with --config FILE.json, or a run to go on with by --resume CHECKPOINT"
             )
         config = resume.parent / "config.json"
+    experiment = load_config(Experiment, config, set_ or [])
     weights = None if load is None else resolve(load)
-    folder = run(load_config(Experiment, config, set_ or []), resume=resume, load=weights, minutes=minutes)
+    if profile is not None:
+        if minutes is not None:
+            raise ConfigError("--profile and --minutes exclude each other: a profile ends after its steps")
+        from onevoice.profiling import profile_training
+
+        profile_training(experiment, profile, load=resume or weights)
+        return
+    folder = run(experiment, resume=resume, load=weights, minutes=minutes)
     print(f"run folder: {folder} (best.safetensors is the one to use)")
 
 

@@ -4,6 +4,8 @@ Whatever the padding or the batch, the embedding of an enrollment is the same: n
 and the final mean see valid frames only, and each length is followed through the pooling exactly.
 """
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ class ResidualBlock(nn.Module):
         """Return a third as many frames."""
         hidden = self.prelu1(self.norm1(self.conv1(frames), mask))
         hidden = self.norm2(self.conv2(hidden), mask)
-        return pooled(self.prelu2(hidden + self.skip(frames))).amax(2)
+        return pooled(self.prelu2(hidden + self.skip(frames)))
 
 
 class SpeakerEncoder(nn.Module):
@@ -99,12 +101,16 @@ class SpeakerEncoder(nn.Module):
         hidden = self.expand(self.norm(coded))
         for block in self.blocks:
             hidden = block(hidden, mask)
-            mask = None if mask is None else pooled(mask).amin(2)
+            mask = None if mask is None else -pooled(-mask)
         frames: Tensor = self.project(hidden).to(coded.dtype)
         return frames.mean(1) if mask is None else (frames * mask).sum(1) / mask.sum(1)
 
 
-def pooled(frames: Float[Tensor, "batch frames any"]) -> Float[Tensor, "batch pooled window any"]:
-    """Group frames into windows of `POOLING`; what is left over at the end falls away."""
-    count = frames.shape[1] // POOLING
-    return frames[:, : count * POOLING].unflatten(1, (count, POOLING))
+def pooled(frames: Float[Tensor, "batch frames any"]) -> Float[Tensor, "batch pooled any"]:
+    """Return the maximum of each `POOLING` frames; what is left over at the end falls away.
+
+    Written as `maximum`, as the gradient of `amax` divides by the number of maxima, which is 0 where a compiler
+    compares rounded values with exact ones.
+    """
+    whole = frames.shape[1] // POOLING * POOLING
+    return functools.reduce(torch.maximum, (frames[:, first:whole:POOLING] for first in range(POOLING)))
