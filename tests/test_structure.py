@@ -11,7 +11,7 @@ from tiny import ROOT, process
 SOURCE = ROOT / "src" / "onevoice"
 FLOORS = [
     # words
-    "errors", "units", "memory", "rng", "files", "rows", "config", "workers", "audio",
+    "errors", "units", "memory", "rng", "files", "rows", "config", "workers", "interruption", "audio",
     # data: the speech we have, how trials are drawn and rendered
     "silence", "loudness", "rooms", "recordings", "layouts", "corpus", "manifest", "mixing_law", "mixture",
     "packed", "packing", "dynamic", "dataset", "protocols",
@@ -22,7 +22,8 @@ FLOORS = [
     # using and judging, which never import learning
     "devices", "extraction", "streaming", "export", "evaluation", "report",
     # learning
-    "tracking", "experiment", "optim", "sources", "training",
+    "tracking", "experiment", "optim", "sources", "averaging", "activations", "distributed", "microbatches", "faults",
+    "tally", "validation", "resuming", "learning", "training",
     # on top
     "server", "cli_corpus", "cli", "__main__", "__init__",
 ]  # fmt: skip
@@ -44,7 +45,7 @@ DOORS = {
 }
 """The modules that may import a foreign library."""
 
-LEARNING = {"tracking", "experiment", "optim", "sources", "training"}
+LEARNING = set(FLOORS[FLOORS.index("tracking") : FLOORS.index("training") + 1])
 DATA = set(FLOORS[FLOORS.index("silence") : FLOORS.index("models.base")])
 
 LONGEST_FILE = 400
