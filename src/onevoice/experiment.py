@@ -137,7 +137,7 @@ class StableConfig:
     """The step that begins it; null: so that it ends with the last epoch, or, newly set on resuming, at once."""
     decay_shape: Literal["linear", "sqrt"] = "sqrt"
     """A straight line, or 1 − √x (arXiv 2405.18392), which leaves the stable rate faster."""
-    final_divisor: Annotated[float, Field(ge=1)] = 100.0
+    decay_divisor: Annotated[float, Field(ge=1)] = 100.0
     """The last step of the decay is taken at the stable rate divided by this."""
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ class WarmupStableDecay(LRScheduler):
             done = min(1.0, max(0.0, (step + 1 - self.decay_from) / config.decay_steps))
         fallen = done**0.5 if config.decay_shape == "sqrt" else done
         rising = min(1.0, (step + 1) / (config.warmup_steps + 1))
-        return rising * (1 - (1 - 1 / config.final_divisor) * fallen)
+        return rising * (1 - (1 - 1 / config.decay_divisor) * fallen)
 
     def get_lr(self) -> list[float | Any]:
         """Return the rate of the coming step for each group of parameters."""
