@@ -48,7 +48,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     distance = torch.stack([(got[name] - value).norm() for name, value in expected.items()])
     size = torch.stack([value.norm() for value in expected.values()])
     assert distance.norm() <= 1e-5 * size.norm()
-    assert (distance <= 1e-4 * size + 1e-6).all()
+    assert (distance <= 1e-4 * size + 1e-7 * size.norm()).all()  # the decoders' biases have none but rounding
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -372,8 +372,7 @@ def test_the_decay_begins_where_one_likes(trials: Path, tmp_path: Path) -> None:
     rows = [row for row in read_rows(last / "metrics.jsonl") if "train/learning_rate" in row]
     assert [row["step"] for row in rows] == list(range(1, 15))
     fallen = [1 - 0.75 * math.sqrt(k / 6) for k in range(1, 7)]
-    coming = [row["train/learning_rate"] / 0.002 for row in rows]  # the rate after a step is that of the next
-    assert coming == pytest.approx([2 / 3, *[1] * 6, *fallen, fallen[-1]])
+    assert [row["train/learning_rate"] / 0.002 for row in rows] == pytest.approx([1 / 3, 2 / 3, *[1] * 6, *fallen])
     assert read_rows(last / "metrics.jsonl")[-1]["step"] == 14  # validated in the middle of an epoch
     assert "validation/si_sdri_db" in read_rows(last / "metrics.jsonl")[-1]
     assert equal(weights(last), weights(plain))
@@ -410,10 +409,10 @@ def test_the_one_cycle_is_the_cosine_of_its_formula(trials: Path, tmp_path: Path
     def cosine(start: float, end: float, part: float) -> float:
         return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
 
-    steps, top = 12, 0.25 * 13 - 1  # torch's cycle of 13 points, of which 12 are taken; logged after the step
+    steps, top = 12, 0.25 * 13 - 1  # torch's cycle of 13 points, of which 12 are taken
     expected = [
         cosine(1e-3, 1e-2, k / top) if k <= top else cosine(1e-2, 1e-3 / 1e4, (k - top) / (12 - top))
-        for k in range(1, steps + 1)
+        for k in range(steps)
     ]
     assert found == pytest.approx(expected, rel=1e-6)
 

@@ -135,6 +135,7 @@ def train(
         minutes: Stop cleanly at a checkpoint after so long.
     """
     from onevoice.config import load_config
+    from onevoice.distributed import group_of
     from onevoice.experiment import Experiment
     from onevoice.training import train as run
 
@@ -147,7 +148,8 @@ def train(
             )
         config = resume.parent / "config.json"
     folder = run(load_config(Experiment, config, set_ or []), resume=resume, load=load, minutes=minutes)
-    print(f"run folder: {folder} (best.safetensors is the one to use)")
+    if group_of(os.environ).first:
+        print(f"run folder: {folder} (best.safetensors is the one to use)")
 
 
 @app.command(name="eval")

@@ -49,6 +49,8 @@ class Learner:
         self.progress = Progress(accumulate=settings.accumulate)
         self.tally = Tally(device, group)
         self.names: list[str] = []
+        self.rate = 0.0
+        """The learning rate of the last step, and before it the names of its trials."""
 
     @property
     def weights(self) -> Network:
@@ -81,6 +83,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_gradient_norm)
         finite = self.group.all(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused optimizers obey it
+        self.rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scaler.update()
         self._set_buffers(before, ~finite)

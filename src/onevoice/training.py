@@ -243,7 +243,7 @@ class Trainer(Learner):
         self.take_sums()
         values = means(self.progress.sums)
         self.progress.sums = {}
-        others = {"learning_rate": self.optimizer.param_groups[0]["lr"], "skipped_steps": self.progress.skipped_steps}
+        others = {"learning_rate": self.rate, "skipped_steps": self.progress.skipped_steps}
         named = {f"train/{name}": float(value) for name, value in {**values, **others}.items()}
         tracker.scalars(self.progress.step, named, epoch=self.progress.epoch)
         return {"si_sdr": f"{values['si_sdr_db']:.2f}"} if "si_sdr_db" in values else {}
