@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_runs import equal, experiment, quiet, rows_without_time, settings, start, weights
+from toy_runs import equal, experiment, finish, quiet, rows_without_time, settings, start, weights
 from voices import make_trials
 
 from onevoice.errors import StorageError, TrainingError
@@ -50,8 +50,7 @@ def test_a_signal_ends_a_run_at_a_checkpoint(trials: Path, tmp_path: Path, numbe
     folder = tmp_path / "stopped"
     wait_for(folder / "metrics.jsonl", 2, process)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 0, output
+    output = finish(process, 30)
     assert f"stopped by {number.name} at step " in output
     assert f"; resume with --r {folder}/last.safetensors\n" in output
     assert "Traceback" not in output

@@ -1,6 +1,7 @@
 """Experiments of a few steps on toy voices, in this process and in one of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,17 @@ def start(arguments: Sequence[object], *launcher: str) -> "subprocess.Popen[str]
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
+    """Wait for a process to end well, and return what it said; end it with its group when it does not."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -173,9 +173,13 @@ class TrialDataset(Dataset[Item]):
 
 
 def part_of(batch: Int[np.ndarray, " batch"], share: Share) -> Int[np.ndarray, " part"]:
-    """Return the part of a batch that belongs to one of several processes; all parts in order are the batch."""
+    """Return what belongs to one of several processes: every `count`-th item.
+
+    So the first half of what each process has is, taken together, the first half of the batch, and it does not depend
+    on the number of processes which items meet in a part of the batch (`training.accumulate`).
+    """
     number, count = share
-    return batch[len(batch) * number // count : len(batch) * (number + 1) // count]
+    return batch[number::count]
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

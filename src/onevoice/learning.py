@@ -143,6 +143,10 @@ class Learner:
         terms = self.experiment.loss(prediction, target, speaker, inputs.get("audio_length"), inputs["audio"])
         return terms, (target.abs().amax(1) > 0).sum()
 
+    def leave_group(self) -> None:
+        """Let go of the other processes, before the group is closed: in the other order torch may wait for ever."""
+        self.network = self.model
+
     def take_sums(self) -> None:
         """Move what is summed on the device to the record of the run."""
         sums = self.progress.sums

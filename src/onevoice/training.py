@@ -60,19 +60,13 @@ def train(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     with open_group(experiment.training.device) as group:
         trainer = Trainer(experiment, echo, group)
-        if resume is not None:
-            trainer.folder = Path(resume).parent  # wherever the run has been moved to
-        if group.restarts and trainer.last.with_suffix(".resume.pt").exists():
-            trainer.restore(trainer.last)
-        elif resume is not None:
-            trainer.restore(resume)
-        else:
-            trainer.refuse_used_folder()
-            if load is not None:
-                trainer.load(load)
         process = None if group.size == 1 else f"process {group.rank} of {group.size}"
-        with stop_requests() as asked, plain_errors(trainer.last, process):
-            return trainer.run(deadline, asked)
+        try:
+            trainer.begin(resume, load)
+            with stop_requests() as asked, plain_errors(trainer.last, process):
+                return trainer.run(deadline, asked)
+        finally:
+            trainer.leave_group()
 
 
 class Trainer(Learner):
@@ -92,6 +86,19 @@ class Trainer(Learner):
         super().__init__(experiment, device, group, self.steps_per_epoch * experiment.training.epochs, say)
         self.folder = Path(experiment.runs_folder) / experiment.name
         self.deadline, self.asked = math.inf, StopRequest()
+
+    def begin(self, resume: str | Path | None, load: str | Path | None) -> None:
+        """Take up a state or weights, as `train` says."""
+        if resume is not None:
+            self.folder = Path(resume).parent  # wherever the run has been moved to
+        if self.group.restarts and self.last.with_suffix(".resume.pt").exists():
+            self.restore(self.last)
+        elif resume is not None:
+            self.restore(resume)
+        else:
+            self.refuse_used_folder()
+            if load is not None:
+                self.load(load)
 
     def run(self, deadline: float = math.inf, asked: StopRequest | None = None) -> Path:
         """Train to the end, an early stop, the deadline (on `time.monotonic`) or a signal; return the run folder."""
