@@ -57,6 +57,7 @@ def undisturbed(trials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = finish(process)
     assert output.count("validation SI-SDR") == 2  # said by one of them
     assert output.count("run folder:") == 1
+    assert "Warning" not in output
     return runs / "two"
 
 
@@ -80,7 +81,7 @@ def test_another_number_of_processes_goes_on(trials: Path, undisturbed: Path, tm
     for path in undisturbed.glob("*.*"):
         (moved / path.name).write_bytes(path.read_bytes())
     train(experiment(trials, tmp_path, name="two", **longer), resume=moved / "last.safetensors", echo=quiet)
-    assert close(weights(whole), weights(moved), 2e-5)
+    assert close(weights(whole), weights(moved), 1e-4)  # rounding, enlarged by nine steps; one step is 1e-3
 
 
 def test_a_lost_process_is_replaced(trials: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from onevoice.errors import ConfigError
@@ -108,11 +108,12 @@ def open_group(device: str) -> Iterator[Group]:
         if number >= there:
             raise ConfigError(f"torchrun: process {number} has no GPU, there are {there}; use --nproc-per-node {there}")
         torch.cuda.set_device(number)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group()
+    store, rank, size = next(rendezvous("env://"))
+    # What a lost group left in the store is not ours.
+    attempt = dist.PrefixStore(f"attempt {group.restarts}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=attempt, rank=rank, world_size=size)
+    yield group
+    dist.destroy_process_group()  # after a failure others may be gone, and waiting for them would be for ever
 
 
 def distribute(model: Network, group: Group) -> nn.Module:
@@ -122,7 +123,7 @@ def distribute(model: Network, group: Group) -> nn.Module:
     for module in model.modules():
         if isinstance(module, ValidBatchNorm):
             module.__class__ = SharedBatchNorm
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def unsynchronised(network: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
@@ -153,7 +154,22 @@ class SharedBatchNorm(ValidBatchNorm):
         return normalised if mask is not None else normalised.to(frames.dtype)
 
 
+class SumOverGroup(torch.autograd.Function):
+    """The sum over the processes, through which gradients flow back to each."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        """Return the sum."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return what all processes want of this one's values."""
+        return SumOverGroup.forward(ctx, gradients[0])
+
+
 def _sum_over_group(values: Float[Tensor, " values"]) -> Float[Tensor, " values"]:
-    """Return the sum over the processes, through which gradients flow back to each."""
-    total: Tensor = all_reduce(values)  # type: ignore[no-untyped-call]
+    total: Tensor = SumOverGroup.apply(values)  # type: ignore[no-untyped-call]
     return total

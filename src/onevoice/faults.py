@@ -36,7 +36,7 @@ def plain_errors(last: Path, process: str | None) -> Iterator[None]:
                 "training.checkpoint_activations=true, or start anew with a lower data.batch_size"
             ) from error
         if process is not None:
-            reason = (str(error).splitlines() or [""])[0][:150]
+            reason = str(error).partition("\n")[0].partition(". ")[0][:150]
             raise TrainingError(
                 f"{process} lost the others ({reason}); {go_on}, or let torchrun do it by --max-restarts"
             ) from error
