@@ -102,6 +102,38 @@ def test_a_lost_process_is_replaced(trials: Path, undisturbed: Path, tmp_path: P
     assert equal(*saved)
 
 
+POISON = """
+import json, math, sys
+from pathlib import Path
+from onevoice.config import load_config
+from onevoice.distributed import open_group
+from onevoice.experiment import Experiment
+from onevoice.training import Trainer
+
+with open_group("cpu") as group:
+    trainer = Trainer(load_config(Experiment, sys.argv[1]), lambda line: None, group)
+    first, second, third = trainer.source.batches(0, 0, 3)
+    trainer.step(first)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.step({**second, "audio": second["audio"] * math.nan} if group.rank == 1 else second)
+    after = trainer.model.state_dict()
+    kept = all(value.equal(after[name]) for name, value in before.items())
+    skipped = trainer.progress.skipped_in_a_row
+    finite = trainer.step(third).total.isfinite().item()
+    found = [kept, skipped, finite, trainer.progress.skipped_steps]
+    Path(sys.argv[2], f"rank{group.rank}.json").write_text(json.dumps(found))
+    trainer.leave_group()
+"""
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(trials: Path, tmp_path: Path) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(settings(trials, tmp_path, **CHANGES)))
+    (tmp_path / "poison.py").write_text(POISON)
+    finish(start([tmp_path / "toy.json", tmp_path], *TORCHRUN, script=tmp_path / "poison.py"))
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [True, 1, True, 1]
+
+
 def second_process(launcher: int) -> int:
     """Return the number of the process that torchrun has started as RANK 1."""
     (found,) = (

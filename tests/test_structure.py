@@ -198,7 +198,7 @@ print(json.dumps([sorted(heavy), out.getvalue()]))
 """
 
 
-@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "info", "schema"])
+@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "info", "average", "schema"])
 def test_help_is_there_at_once(verb: str) -> None:
     done = process(["-c", HELP, json.dumps([*verb.split(), "--help"])])
     assert (done.status, done.err) == (0, "")

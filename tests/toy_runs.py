@@ -50,10 +50,10 @@ def experiment(trials: Path, runs: Path, **changes: Any) -> Experiment:
     return from_dict(Experiment, settings(trials, runs, **changes))
 
 
-def start(arguments: Sequence[object], *launcher: str) -> "subprocess.Popen[str]":
-    """Start `train.py ARGUMENTS`, by `launcher` where one is given, in a process group of its own."""
+def start(arguments: Sequence[object], *launcher: str, script: Path = ROOT / "train.py") -> "subprocess.Popen[str]":
+    """Start `train.py ARGUMENTS` or another script, by `launcher` where one is given, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)],
+        [sys.executable, *launcher, str(script), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
