@@ -113,11 +113,12 @@ def test_outside_the_main_thread_nothing_changes(trials: Path, tmp_path: Path) -
 def test_a_killed_data_reader(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
     config = experiment(trials, tmp_path, data__workers=1, training__save_every_steps=2 if saved else 1000)
     killed: list[int] = []
+    others = set(multiprocessing.active_children())  # of earlier tests
     step = Trainer.step
 
     def killing(self: Trainer, batch: Any) -> Any:
         if self.progress.step == 2 and not killed:
-            (reader,) = multiprocessing.active_children()
+            (reader,) = set(multiprocessing.active_children()) - others
             killed.append(reader.pid or 0)
             os.kill(killed[0], signal.SIGKILL)
             os.waitid(os.P_PID, killed[0], os.WEXITED | os.WNOWAIT)  # torch raises from its handler of SIGCHLD

@@ -17,6 +17,7 @@ from onevoice.averaging import RunningAverage
 from onevoice.checkpoint import load_checkpoint, load_pickled
 from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.experiment import AdamConfig, StableConfig
+from onevoice.faults import out_of_memory
 from onevoice.microbatches import split
 from onevoice.models import Network, to_network
 from onevoice.optim import WarmupStableDecay, build_optimizer
@@ -243,9 +244,15 @@ def fails_above(trainer: Trainer, rows: int, error: Callable[[], Exception]) -> 
     object.__setattr__(trainer.model, "forward", short)
 
 
-@pytest.mark.parametrize("error", SHORT)
-def test_short_memory_halves_the_parts(trials: Path, tmp_path: Path, error: Callable[[], Exception]) -> None:
-    changes = {"training__ema": 0.9, "training__save_every_steps": 2}
+def test_what_is_short_memory() -> None:
+    assert all(out_of_memory(error()) for error in SHORT)
+    assert not any(out_of_memory(error) for error in (RuntimeError("size mismatch"), ValueError("memory"), OSError()))
+
+
+def test_short_memory_halves_the_parts(trials: Path, tmp_path: Path) -> None:
+    """As if the parts had been so small from the start, bit for bit, also when resumed."""
+    error = SHORT[0]
+    changes = {"training__ema": 0.9, "training__save_every_steps": 2, "training__epochs": 1}
     whole = Trainer(experiment(trials, tmp_path, name="whole", training__accumulate=4, **changes), quiet)
     whole.run()
     lines: list[str] = []
