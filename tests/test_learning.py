@@ -1,6 +1,7 @@
 """One step of learning: in parts, averaged, skipped on the device, with less memory, at the rate of the schedule."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,42 @@ def test_a_nonfinite_part_leaves_everything(trials: Path, tmp_path: Path, bad: s
         torch.equal(after[f"average.{name}"], before[f"average.{name}"]) for name in gradients(trainer.model)
     )
     assert (trainer.progress.skipped_steps, trainer.progress.skipped_in_a_row) == (1, 0)
+
+
+def test_bad_steps_are_skipped_after_resuming_an_older_file(trials: Path, tmp_path: Path) -> None:
+    """One whose optimizer was not fused, and which lacks what was not remembered then."""
+    config = experiment(trials, tmp_path)
+    first = Trainer(config, quiet)
+    first.run(deadline=-math.inf)
+    path = first.last.with_suffix(".resume.pt")
+    state = load_pickled(path)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    for name in ("accumulate", "validated_step"):
+        del state["progress"][name]
+    saved = json.loads(state["experiment"])
+    for name in ("accumulate", "ema"):
+        del saved["training"][name]
+    del state["average"]
+    torch.save({**state, "experiment": json.dumps(saved)}, path)
+    second = Trainer(config, quiet)
+    second.restore(first.last)
+    before = snapshot(second)
+    batch = batches(second, 1)[0]
+    second.step({**batch, "audio": batch["audio"] * math.nan})
+    assert equal(snapshot(second), before)
+
+
+def test_half_precision_skips_and_lowers_its_scale(trials: Path, tmp_path: Path) -> None:
+    trainer = Trainer(experiment(trials, tmp_path, training__precision="float16"), quiet)
+    batch, before, scale = batches(trainer, 1)[0], snapshot(trainer), trainer.scaler.get_scale()
+    trainer.step({**batch, "audio": batch["audio"] * math.nan})
+    after = snapshot(trainer)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert trainer.scaler.get_scale() == scale / 2
+    for _ in range(12):  # until the scale is low enough
+        trainer.step(batch)
+    assert not torch.equal(snapshot(trainer)["masks.0.weight"], before["masks.0.weight"])
 
 
 def test_too_many_in_a_row_are_noticed_at_the_log_line(

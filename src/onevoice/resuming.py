@@ -76,6 +76,8 @@ class RunState:
         load_state(self.model, state["model"], path)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = True  # as in `build_optimizer`; files of earlier versions say otherwise
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
