@@ -122,7 +122,7 @@ WRONG = {
         "scheduler.max_learning_rate: input should be greater than 0, not -1"
     ),
     "scheduler.name=cosine": (
-        "scheduler.name: input should be one of 'onecycle', 'plateau', 'constant', not \"cosine\""
+        "scheduler.name: input should be one of 'onecycle', 'plateau', 'constant', 'wsd', not \"cosine\""
     ),
     "scheduler.max_learning_rate=1": "scheduler.name: is required and missing",
     "scheduler=3": "scheduler: input should be an object, not 3",

@@ -1,7 +1,6 @@
 """The promises of the model contract, for every network, and SpEx+ against its equations."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from tiny import ROOT, process
 SOURCE = ROOT / "src" / "onevoice"
 FLOORS = [
     # words
-    "errors", "units", "memory", "rng", "files", "rows", "config", "workers", "audio",
+    "errors", "units", "memory", "rng", "files", "rows", "config", "workers", "interruption", "audio",
     # data: the speech we have, how trials are drawn and rendered
     "silence", "loudness", "rooms", "recordings", "layouts", "corpus", "manifest", "mixing_law", "mixture",
     "packed", "packing", "dynamic", "dataset", "protocols",
@@ -22,7 +22,8 @@ FLOORS = [
     # using and judging, which never import learning
     "devices", "extraction", "demo", "streaming", "export", "evaluation", "report",
     # learning
-    "tracking", "experiment", "optim", "sources", "training", "roofline", "profiling",
+    "tracking", "experiment", "optim", "sources", "averaging", "activations", "distributed", "microbatches", "faults",
+    "tally", "validation", "resuming", "learning", "training", "roofline", "profiling",
     # on top
     "server", "cli_corpus", "cli", "__main__", "__init__",
 ]  # fmt: skip
@@ -45,7 +46,7 @@ DOORS = {
 }
 """The modules that may import a foreign library."""
 
-LEARNING = {"tracking", "experiment", "optim", "sources", "training", "profiling"}
+LEARNING = set(FLOORS[FLOORS.index("tracking") : FLOORS.index("profiling") + 1])
 DATA = set(FLOORS[FLOORS.index("silence") : FLOORS.index("models.base")])
 
 LONGEST_FILE = 400
@@ -200,7 +201,7 @@ print(json.dumps([sorted(heavy), out.getvalue()]))
 """
 
 
-@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "demo", "info", "schema"])
+@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "demo", "info", "average", "schema"])
 def test_help_is_there_at_once(verb: str) -> None:
     done = process(["-c", HELP, json.dumps([*verb.split(), "--help"])])
     assert (done.status, done.err) == (0, "")

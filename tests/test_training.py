@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toy_runs import equal, experiment, quiet, rows_without_time, settings, start, weights
 from voices import make_trials
 
 from onevoice.audio import write_audio
@@ -24,45 +22,10 @@ from onevoice.experiment import Experiment
 from onevoice.tracking import read_rows
 from onevoice.training import Trainer, train
 
-ROOT = Path(__file__).parents[1]
-MODEL = {
-    "name": "spexplus", "sample_rate": 8000, "window_seconds": [0.005, 0.01, 0.02], "filters": 24, "channels": 16,
-    "hidden": 32, "blocks": 3, "stacks": 2, "speaker_dim": 16, "num_classes": 0,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_trials(tmp_path_factory.mktemp("trials"), 24)
-
-
-def settings(trials: Path, runs: Path, **changes: Any) -> dict[str, Any]:
-    """A tiny experiment; `training__epochs=3` sets a key of a section."""
-    values: dict[str, Any] = {
-        "name": "toy",
-        "runs_folder": str(runs),
-        "model": dict(MODEL),
-        "data": {
-            "train": {"folder": str(trials), "segment_seconds": 0.5, "enrollment_seconds": 1.0},
-            "validation": {"folder": str(trials), "limit": 3},
-            "batch_size": 4,
-            "workers": 0,
-        },
-        "scheduler": {"name": "onecycle", "max_learning_rate": 0.003},
-        "training": {"epochs": 2, "save_every_steps": 2, "log_every_steps": 1, "device": "cpu"},
-        "tracking": {"audio_examples": 1},
-    }
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return values
-
-
-def experiment(trials: Path, runs: Path, **changes: Any) -> Experiment:
-    return from_dict(Experiment, settings(trials, runs, **changes))
 
 
 def test_a_run_leaves_what_the_docs_promise(trials: Path, tmp_path: Path) -> None:
@@ -94,37 +57,27 @@ def test_a_tiny_model_learns_toy_voices(tmp_path: Path) -> None:
     values["data"]["validation"]["folder"] = str(tmp_path / "validation")
     values["data"]["train"]["segment_seconds"] = 1.0
     values["training"]["save_every_steps"] = 1000
-    trainer = Trainer(from_dict(Experiment, values), echo=lambda line: None)
+    trainer = Trainer(from_dict(Experiment, values), echo=quiet)
     assert trainer.validate()["si_sdri_db"] < 1  # untrained
     trainer.run()
     assert trainer.progress.best > 3
 
 
-def _run(arguments: list[str]) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder / "last.safetensors")[0]
-
-
-def _without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "wall_time"} for row in rows]
-
-
-@pytest.mark.parametrize("scheduler", ["onecycle", "plateau"])
-def test_killed_again_and_again_it_ends_with_the_same_bits(trials: Path, tmp_path: Path, scheduler: str) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "more"),
+    [({"name": "onecycle"}, {}), ({"name": "wsd", "warmup_steps": 3, "decay_steps": 4}, {"ema": 0.9, "accumulate": 2})],
+)
+def test_killed_again_and_again_it_ends_with_the_same_bits(
+    trials: Path, tmp_path: Path, scheduler: dict[str, Any], more: dict[str, Any]
+) -> None:
     """SIGKILL at the 1st, 5th and 9th log line, wherever the process then is; compare with a run left alone."""
     configs = {}
     for name in ("whole", "killed"):
-        values = settings(trials, tmp_path, name=name, scheduler={"name": scheduler}, training__epochs=2)
+        values = settings(trials, tmp_path, name=name, scheduler=scheduler, training__epochs=2)
+        values["training"] |= more
         configs[name] = tmp_path / f"{name}.json"
         configs[name].write_text(json.dumps(values))
-    whole = _run(["--c", str(configs["whole"])])
+    whole = start(["--c", str(configs["whole"])])
     log = tmp_path / "killed" / "metrics.jsonl"
     kills = 0
     for lines in (1, 5, 9):
@@ -132,7 +85,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(trials: Path, tmp_pat
         again = ["--r", str(resume)] if resume.exists() else []
         if not again and log.parent.exists():
             (log.parent / "last.resume.pt").unlink(missing_ok=True)  # killed between its first two writes
-        process = _run(["--c", str(configs["killed"]), *again])
+        process = start(["--c", str(configs["killed"]), *again])
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
             time.sleep(0.001)
         if process.poll() is None:
@@ -140,46 +93,48 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(trials: Path, tmp_pat
             kills += 1
         process.communicate()
     assert kills == 3
-    final = _run(["--r", str(tmp_path / "killed" / "last.safetensors")])
+    final = start(["--r", str(tmp_path / "killed" / "last.safetensors")])
     output, _ = final.communicate()
     assert final.returncode == 0, output
     output, _ = whole.communicate()
     assert whole.returncode == 0, output
-    expected, got = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert equal(expected, got)
     states = [load_pickled(tmp_path / name / "last.resume.pt") for name in ("whole", "killed")]
-    assert states[0]["progress"] == states[1]["progress"]
-    logs = [_without_time(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")]
+    for part in ("progress", "scheduler"):
+        assert states[0][part] == states[1][part]
+    assert equal(states[0]["model"], states[1]["model"])
+    assert equal(states[0]["average"].get("model", {}), states[1]["average"].get("model", {}))
+    logs = [rows_without_time(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")]
     assert logs[0] == logs[1]
 
 
 def test_workers_and_saving_change_nothing(trials: Path, tmp_path: Path) -> None:
-    plain = train(experiment(trials, tmp_path, name="plain"), echo=lambda line: None)
+    plain = train(experiment(trials, tmp_path, name="plain"), echo=quiet)
     other = experiment(trials, tmp_path, name="other", data__workers=2, training__save_every_steps=5)
-    expected, got = _weights(plain), _weights(train(other, echo=lambda line: None))
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    expected, got = weights(plain), weights(train(other, echo=quiet))
+    assert equal(expected, got)
 
 
 def test_time_is_up_and_resumed(trials: Path, tmp_path: Path) -> None:
-    whole = train(experiment(trials, tmp_path, name="whole"), echo=lambda line: None)
+    whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
     lines: list[str] = []
     folder = train(experiment(trials, tmp_path, name="pieces"), minutes=0.0, echo=lines.append)
     assert lines == [f"time is up at step 1; resume with --r {folder}/last.safetensors"]
     for _ in range(30):
         train(experiment(trials, tmp_path, name="pieces"), resume=folder / "last.safetensors", minutes=0.0)
-    expected, got = _weights(whole), _weights(folder)
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    expected, got = weights(whole), weights(folder)
+    assert equal(expected, got)
 
 
 def test_a_used_folder_is_refused(trials: Path, tmp_path: Path) -> None:
-    train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     with pytest.raises(ConfigError, match=r"holds a run already; resume it with --r .*last\.safetensors"):
-        train(experiment(trials, tmp_path), echo=lambda line: None)
+        train(experiment(trials, tmp_path), echo=quiet)
 
 
 def test_load_takes_weights_alone(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     lines: list[str] = []
     trainer = Trainer(experiment(trials, tmp_path, name="second"), echo=lines.append)
     trainer.load(folder / "best.safetensors")
@@ -189,7 +144,7 @@ def test_load_takes_weights_alone(trials: Path, tmp_path: Path) -> None:
 
 
 def test_load_for_other_speakers_starts_the_classifier_afresh(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     fewer = make_trials(tmp_path / "two", 4, speakers=2)
     lines: list[str] = []
     trainer = Trainer(experiment(fewer, tmp_path, name="second"), echo=lines.append)
@@ -207,7 +162,7 @@ class ConfigParser:
 
 
 def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
-    trainer = Trainer(experiment(trials, tmp_path), echo=lambda line: None)
+    trainer = Trainer(experiment(trials, tmp_path), echo=quiet)
     state = {f"module.{name}": value + 1 for name, value in trainer.model.state_dict().items()}
     original = {"arch": "SpExPlus", "epoch": 3, "state_dict": state, "monitor_best": 1.0, "config": ConfigParser()}
     torch.save(original, tmp_path / "model_best.pth")
@@ -216,7 +171,7 @@ def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
 
 
 def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     last = folder / "last.safetensors"
     with pytest.raises(CheckpointError, match=r"other settings \(model\)"):
         train(experiment(trials, tmp_path, training__epochs=1, model__hidden=40), resume=last)
@@ -231,30 +186,28 @@ def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
     [("data__batch_size", 2), ("training__steps_per_epoch", 3), ("training__precision", "bfloat16"), ("seed", 5)],
 )
 def test_resume_refuses_what_would_change_the_run(trials: Path, tmp_path: Path, key: str, value: Any) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=lambda line: None)
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     with pytest.raises(CheckpointError, match=rf"other settings \({key.replace('__', '.')}\)"):
         train(experiment(trials, tmp_path, training__epochs=1, **{key: value}), resume=folder / "last.safetensors")
 
 
 def test_resume_knows_the_data_wherever_they_lie(trials: Path, tmp_path: Path) -> None:
     first = experiment(trials, tmp_path, training__epochs=1)
-    folder = train(first, echo=lambda line: None)
+    folder = train(first, echo=quiet)
     shutil.copytree(trials, tmp_path / "moved")
     moved = experiment(tmp_path / "moved", tmp_path, training__epochs=1)
-    train(moved, resume=folder / "last.safetensors", echo=lambda line: None)
+    train(moved, resume=folder / "last.safetensors", echo=quiet)
     for path in sorted((tmp_path / "moved").glob("*_000003-*")):
         path.unlink()
     with pytest.raises(CheckpointError, match="the training data"):
-        train(moved, resume=folder / "last.safetensors", echo=lambda line: None)
+        train(moved, resume=folder / "last.safetensors", echo=quiet)
 
 
 def test_a_moved_run_goes_on_where_it_lies(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path / "a"), minutes=0.0, echo=lambda line: None)
+    folder = train(experiment(trials, tmp_path / "a"), minutes=0.0, echo=quiet)
     (tmp_path / "b").mkdir()
     folder.rename(tmp_path / "b" / "toy")
-    train(
-        experiment(trials, tmp_path / "a"), resume=tmp_path / "b" / "toy" / "last.safetensors", echo=lambda line: None
-    )
+    train(experiment(trials, tmp_path / "a"), resume=tmp_path / "b" / "toy" / "last.safetensors", echo=quiet)
     assert load_checkpoint(tmp_path / "b" / "toy" / "last.safetensors")[1].facts["step"] == 12
     assert not folder.exists()
 
@@ -264,7 +217,7 @@ def test_resuming_a_run_that_stopped_early_changes_nothing(trials: Path, tmp_pat
         trials, tmp_path, training__epochs=5, training__early_stop_epochs=1, optimizer={"learning_rate": 1e-12},
         scheduler={"name": "constant"},
     )  # fmt: skip
-    last = train(config, echo=lambda line: None) / "last.safetensors"
+    last = train(config, echo=quiet) / "last.safetensors"
     before = last.read_bytes()
     lines: list[str] = []
     train(config, resume=last, echo=lines.append)
@@ -276,13 +229,13 @@ def test_validation_scores_trials_whose_target_speaks(trials: Path, tmp_path: Pa
     shutil.copytree(trials, tmp_path / "some")
     names = sorted({path.name.rsplit("-", 1)[0] for path in (tmp_path / "some").iterdir()})
     write_audio(tmp_path / "some" / f"{names[1]}-target.wav", np.zeros(8000, np.float32), 8000)
-    with_absent = Trainer(experiment(tmp_path / "some", tmp_path), echo=lambda line: None).validate()
+    with_absent = Trainer(experiment(tmp_path / "some", tmp_path), echo=quiet).validate()
     assert with_absent.pop("absent_suppression_db") < 30
     for name in (names[1],):
         for path in (tmp_path / "some").glob(f"{name}-*"):
             path.unlink()
     without = experiment(tmp_path / "some", tmp_path, data__validation__limit=2)
-    trainer = Trainer(without, echo=lambda line: None)
+    trainer = Trainer(without, echo=quiet)
     assert with_absent == pytest.approx(trainer.validate(), abs=1e-4)
     for path in (tmp_path / "some").glob("*-target.wav"):
         write_audio(path, np.zeros(8000, np.float32), 8000)
@@ -308,7 +261,7 @@ def test_nonfinite_steps_are_skipped_counted_and_in_the_end_fatal(trials: Path, 
 
 
 def test_gradients_are_clipped(trials: Path, tmp_path: Path) -> None:
-    trainer = Trainer(experiment(trials, tmp_path, training__clip_gradient_norm=0.01), echo=lambda line: None)
+    trainer = Trainer(experiment(trials, tmp_path, training__clip_gradient_norm=0.01), echo=quiet)
     trainer.step(next(iter(trainer.source.batches(0, 0, 1))))
     norm = torch.stack([parameter.grad.norm() for parameter in trainer.model.parameters()]).norm()
     assert norm == pytest.approx(0.01, rel=1e-3)
@@ -333,7 +286,7 @@ def test_precisions_and_schedulers_run(trials: Path, tmp_path: Path, precision: 
     config = experiment(
         trials, tmp_path, training__precision=precision, training__epochs=1, scheduler={"name": scheduler}
     )
-    rows = read_rows(train(config, echo=lambda line: None) / "metrics.jsonl")
+    rows = read_rows(train(config, echo=quiet) / "metrics.jsonl")
     assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
 
 

@@ -140,6 +140,7 @@ def train(
         profile: Do not train: time so many steps, print a table, write it and a trace to RUN/profile, save no weights.
     """
     from onevoice.config import load_config
+    from onevoice.distributed import group_of
     from onevoice.experiment import Experiment
     from onevoice.pretrained import resolve
     from onevoice.training import train as run
@@ -162,7 +163,8 @@ def train(
         profile_training(experiment, profile, load=resume or weights)
         return
     folder = run(experiment, resume=resume, load=weights, minutes=minutes)
-    print(f"run folder: {folder} (best.safetensors is the one to use)")
+    if group_of(os.environ).first:
+        print(f"run folder: {folder} (best.safetensors is the one to use)")
 
 
 @app.command(name="eval")
@@ -311,6 +313,25 @@ def info(checkpoint: str | None = None) -> None:
 
 
 @app.command
+def average(output: Path, *checkpoints: Path) -> None:
+    """Write the mean of the weights of CHECKPOINTs, often better than each, to OUTPUT: onevoice average OUT A B ….
+
+    Args:
+        output: The checkpoint to write (.safetensors).
+        checkpoints: Two or more checkpoints of one run, such as its epoch-NNNN.safetensors.
+    """
+    from onevoice.averaging import average_checkpoints
+    from onevoice.checkpoint import save_checkpoint
+    from onevoice.files import require_writable
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: end the name of the checkpoint to write in .safetensors; it comes first")
+    require_writable(output)
+    save_checkpoint(output, *average_checkpoints(checkpoints))
+    print(output)
+
+
+@app.command
 def schema(kind: str = "train") -> None:
     """Print the JSON Schema of the config of `train` or `eval`, with every default.
 
@@ -345,4 +366,7 @@ def _with_options(settings: Any, options: dict[str, Any]) -> Any:
 
 def _fail(message: str) -> None:
     print("onevoice: error:", message.replace("\n", "\\n"), file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torch's threads may wait for processes of the group that are gone
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)

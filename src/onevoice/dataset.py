@@ -11,6 +11,7 @@ first underscore. A silent mixture or enrollment is an error; a silent target sa
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from onevoice.audio import EXTENSIONS, Mono, read_audio, require_sound, resample
-from onevoice.errors import AudioError, CorpusError, OnevoiceError
+from onevoice.errors import AudioError, CorpusError, OnevoiceError, WorkerError
 from onevoice.rng import derive
 from onevoice.units import to_samples
+
+Share = tuple[int, int]
+"""The number of a process and how many there are; each takes its part of every batch."""
+WHOLE: Share = (0, 1)
 
 SUFFIXES = {"mixture": "-mixed", "enrollment": "-ref", "target": "-target"}
 FOLDERS = {"mixture": "mix", "enrollment": "refs", "target": "targets"}
@@ -167,12 +172,22 @@ class TrialDataset(Dataset[Item]):
         return Item(trial.name, mixture[part], target[part], enrollment[ref_part], self.classes.get(trial.speaker, -1))
 
 
+def part_of(batch: Int[np.ndarray, " batch"], share: Share) -> Int[np.ndarray, " part"]:
+    """Return what belongs to one of several processes: every `count`-th item.
+
+    So the first half of what each process has is, taken together, the first half of the batch, and it does not depend
+    on the number of processes which items meet in a part of the batch (`training.accumulate`).
+    """
+    number, count = share
+    return batch[number::count]
+
+
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of `(epoch, index)` keys for one epoch: those of steps start ≤ step < stop.
 
     With `shuffle` the order is a function of (seed, epoch) alone, so that a resumed epoch goes on with the batches
     that it had left, and an incomplete last batch is left out, so that every step weighs the same; without, the
-    items come in their own order, all of them.
+    items come in their own order, all of them. Of each batch only the `share` of one of several processes is given.
     """
 
     def __init__(
@@ -185,19 +200,20 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         stop: int | None = None,
         *,
         shuffle: bool = True,
+        share: Share = WHOLE,
     ) -> None:
         whole, rest = divmod(size, batch_size)
         count = whole + (rest > 0 and (whole == 0 or not shuffle))
         self.steps = range(start, count if stop is None else min(stop, count))
         self.order = derive(seed, "order", epoch).permutation(size) if shuffle else np.arange(size)
-        self.epoch, self.batch_size = epoch, batch_size
+        self.epoch, self.batch_size, self.share = epoch, batch_size, share
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in self.steps:
-            chosen = self.order[step * self.batch_size : (step + 1) * self.batch_size]
+            chosen = part_of(self.order[step * self.batch_size : (step + 1) * self.batch_size], self.share)
             yield [(self.epoch, index) for index in chosen.tolist()]
 
 
@@ -225,12 +241,21 @@ def read_batches(loader: Iterable[TrialBatch]) -> Iterator[TrialBatch]:
         *_, last = str(error).strip().splitlines()
         raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        dead = reader_death(error)
+        if dead is None:
             raise
-        raise OnevoiceError(
-            "a process that reads the data died (too little memory, or too small a /dev/shm in a container); "
-            "set data.workers=0, or give the container more shared memory"
-        ) from error
+        raise dead from error
+
+
+def reader_death(error: Exception) -> WorkerError | None:
+    """Return what to say where an error of torch, which it raises anywhere, means that a reading process died."""
+    if "DataLoader worker" not in str(error):
+        return None
+    number = re.search(r"pid\(?s?\)? ?(\d+)", str(error))
+    return WorkerError(
+        f"a process that reads the data died{f' (pid {number[1]})' if number else ''}: killed, too little memory, or "
+        "too small a /dev/shm in a container; set data.workers=0, or give the container more shared memory"
+    )
 
 
 def pad(signals: Sequence[Mono]) -> tuple[Float[Tensor, "batch samples"], Int[Tensor, " batch"]]:

@@ -7,6 +7,7 @@
     ├── CheckpointError         an unreadable checkpoint, or one of another model
     ├── MetricError             a metric has no value for these signals (silence, too short); counted, not fatal
     ├── TrainingError           training cannot go on (no finite loss any more)
+    ├── WorkerError             a helper process died
     ├── StorageError            a file cannot be written (disk full, no permission)
     └── MissingDependencyError  an optional package that one command needs
 
@@ -41,6 +42,10 @@ class MetricError(OnevoiceError):
 
 class TrainingError(OnevoiceError):
     """Training cannot go on."""
+
+
+class WorkerError(OnevoiceError):
+    """A helper process died."""
 
 
 class StorageError(OnevoiceError):

@@ -122,7 +122,31 @@ class ConstantConfig:
     name: Literal["constant"] = "constant"
 
 
-SchedulerConfig = Annotated[OneCycleConfig | PlateauConfig | ConstantConfig, Field(discriminator="name")]
+@dataclass(frozen=True, config=STRICT)
+class StableConfig:
+    """Warm-up, stable, decay (arXiv 2404.06395): train at the optimizer's rate as long as you like, decay when wanted.
+
+    The keys that begin with `decay_` may be set or changed when a run is resumed, from any of its checkpoints.
+    """
+
+    name: Literal["wsd"] = "wsd"
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    decay_steps: Count | None = None
+    """Length of the decay, with whose last step training ends, whatever `training.epochs`; null for no decay."""
+    decay_from_step: Annotated[int, Field(ge=0)] | None = None
+    """The step that begins it; null: so that it ends with the last epoch, or, newly set on resuming, at once."""
+    decay_shape: Literal["linear", "sqrt"] = "sqrt"
+    """A straight line, or 1 − √x (arXiv 2405.18392), which leaves the stable rate faster."""
+    decay_divisor: Annotated[float, Field(ge=1)] = 100.0
+    """The last step of the decay is taken at the stable rate divided by this."""
+
+    def __post_init__(self) -> None:
+        """Check that a beginning has a length."""
+        if self.decay_from_step is not None and self.decay_steps is None:
+            raise ValueError("decay_from_step needs decay_steps, the length of the decay")
+
+
+SchedulerConfig = Annotated[OneCycleConfig | PlateauConfig | ConstantConfig | StableConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -132,17 +156,27 @@ class TrainingConfig:
     epochs: Count = 21
     steps_per_epoch: Count | None = None
     """End an epoch (validate, save) after so many steps; null for one pass over the data."""
+    accumulate: Count = 1
+    """Parts into which each batch is split, one after the other in memory; the step learns from all of them."""
+    ema: Fraction | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999; it is what is validated and shipped."""
     clip_gradient_norm: Positive = 5.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type of the matrix products; weights and statistics stay float32. float16 scales the loss."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     save_every_steps: Count = 500
     """A resumable checkpoint stands on disk at least so often."""
+    keep_every_epochs: Count | None = None
+    """Also keep the weights of every so many epochs, as epoch-0010.safetensors, for `onevoice average`."""
     log_every_steps: Count = 20
     early_stop_epochs: Count | None = None
     """Stop after so many validations without a better one."""
     max_nonfinite_steps: Count = 20
     """Steps in a row without a finite loss and gradient after which training gives up; each is skipped."""
+    checkpoint_activations: bool = False
+    """Compute the temporal blocks a second time in the backward pass instead of keeping their insides in memory."""
+    on_out_of_memory: Literal["stop", "halve"] = "stop"
+    """Stop with advice, or go on with parts of half the size (`accumulate` doubled for the rest of the run)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,12 +195,21 @@ class Experiment:
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    def __post_init__(self) -> None:
+        """Check that a batch can be split."""
+        if self.data.batch_size % self.training.accumulate:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} cannot be split into training.accumulate "
+                f"{self.training.accumulate} equal parts"
+            )
+
 
 LASTING = (
     *("model", "loss", "optimizer", "scheduler", "seed", "data.batch_size", "data.train.segment_seconds"),
     *("data.train.enrollment_seconds", "data.train.limit", "data.train.examples_per_epoch", "data.train.mixing"),
     *("data.train.noise", "data.train.reverb", "data.train.channel"),
     *("training.steps_per_epoch", "training.precision", "training.clip_gradient_norm"),
+    *("training.accumulate", "training.ema"),
 )
 """The settings that a resumed run shares with the run it goes on from; folders may have moved."""
 
@@ -181,8 +224,11 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         return node
 
     keys = [*LASTING, *(["training.epochs"] if now["scheduler"]["name"] == "onecycle" else [])]  # they shape the cycle
-    return [key for key in keys if _without_places(at(saved, key)) != _without_places(at(now, key))]
+    return [key for key in keys if _lasting_part(at(saved, key)) != _lasting_part(at(now, key))]
 
 
-def _without_places(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "pack"} if isinstance(value, Mapping) else value
+def _lasting_part(value: Any) -> Any:
+    """Return a section without places, and without what a scheduler decides late."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: part for key, part in value.items() if key != "pack" and not key.startswith("decay_")}

@@ -25,9 +25,10 @@ from onevoice.dataset import TrialBatch
 from onevoice.errors import ConfigError, TrainingError
 from onevoice.experiment import ConstantConfig, Experiment
 from onevoice.files import atomic_write
+from onevoice.learning import PRECISIONS
 from onevoice.memory import keep_freed_memory
 from onevoice.roofline import Ceilings, Cost, CostCounter, measure_ceilings, synchronize
-from onevoice.training import PRECISIONS, Trainer
+from onevoice.training import Trainer
 
 WARM_UP, TRACED = 3, 2
 """Steps before those that are timed, left out of all figures, and steps after them, traced but not timed."""

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from onevoice.dataset import EpochSampler, TrialBatch, TrialDataset, collate, read_batches
+from onevoice.dataset import WHOLE, EpochSampler, Share, TrialBatch, TrialDataset, collate, part_of, read_batches
 from onevoice.dynamic import Drawer
 from onevoice.errors import ConfigError
 from onevoice.experiment import DataConfig, DynamicTrials, Trials
+from onevoice.interruption import ignore_stop_requests
 from onevoice.memory import keep_freed_memory
 from onevoice.packed import PackedCorpus
 from onevoice.protocols import open_protocol
@@ -39,17 +40,22 @@ class Source(ABC):
         """Give the batches of steps start ≤ step < stop of an epoch."""
 
 
-def open_source(data: DataConfig, sample_rate: int, seed: int, device: torch.device) -> Source:
-    """Open the training data of a config. Raises `CorpusError` or `ConfigError` when it does not serve."""
+def open_source(data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: Share = WHOLE) -> Source:
+    """Open the training data of a config; of each batch it gives the `share` of one of several processes.
+
+    Raises `CorpusError` or `ConfigError` when it does not serve.
+    """
     if isinstance(data.train, DynamicTrials):
-        return DynamicSource(data.train, data, sample_rate, seed, device)
-    return TrialSource(data.train, data, sample_rate, seed, device)
+        return DynamicSource(data.train, data, sample_rate, seed, device, share)
+    return TrialSource(data.train, data, sample_rate, seed, device, share)
 
 
 class ValidationTrials:
-    """The validation trials in batches, in their order; can be gone through many times."""
+    """The validation trials in batches, in their order, or the `share` of one process; can be gone through often."""
 
-    def __init__(self, data: DataConfig, sample_rate: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: Share = WHOLE
+    ) -> None:
         part = data.validation
         trials = TrialDataset(
             open_protocol(part.protocol, part.limit).trials,
@@ -59,7 +65,9 @@ class ValidationTrials:
             part.enrollment_seconds,
             seed,
         )
-        sampler = EpochSampler(len(trials), data.validation_batch_size, 0, 0, shuffle=False)
+        count = len(EpochSampler(len(trials), data.validation_batch_size, 0, 0, shuffle=False))
+        start, stop = (count * (share[0] + side) // share[1] for side in (0, 1))
+        sampler = EpochSampler(len(trials), data.validation_batch_size, 0, 0, start, stop, shuffle=False)
         self.loader = _loader(trials, sampler, data, device)
 
     def __iter__(self) -> Iterator[TrialBatch]:
@@ -69,19 +77,32 @@ class ValidationTrials:
 class TrialSource(Source):
     """Trials that exist, in an order drawn for each epoch."""
 
-    def __init__(self, chosen: Trials, data: DataConfig, sample_rate: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        chosen: Trials,
+        data: DataConfig,
+        sample_rate: int,
+        seed: int,
+        device: torch.device,
+        share: Share = WHOLE,
+    ) -> None:
         trials = open_protocol(chosen.protocol, chosen.limit).trials
         self.speakers = sorted({trial.speaker for trial in trials})
         self.dataset = TrialDataset(
             trials, sample_rate, self.speakers, chosen.segment_seconds, chosen.enrollment_seconds, seed
         )
-        self.data, self.seed, self.device = data, seed, device
+        self.data, self.seed, self.device, self.share = data, seed, device, share
         self.digest = hashlib.sha256("\n".join(trial.name for trial in trials).encode()).hexdigest()
         self.steps_per_epoch = len(EpochSampler(len(trials), data.batch_size, seed, 0))
+        if len(trials) < data.batch_size and share[1] > 1:
+            raise ConfigError(
+                f"data.batch_size: {data.batch_size} is more than the {len(trials)} trials there are to share among "
+                f"{share[1]} processes; lower it"
+            )
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
         """Give the batches of steps start ≤ step < stop of an epoch."""
-        sampler = EpochSampler(len(self.dataset), self.data.batch_size, self.seed, epoch, start, stop)
+        sampler = EpochSampler(len(self.dataset), self.data.batch_size, self.seed, epoch, start, stop, share=self.share)
         return read_batches(_loader(self.dataset, sampler, self.data, self.device))
 
 
@@ -89,7 +110,13 @@ class DynamicSource(Source):
     """Mixtures drawn from packed speech, rendered in worker processes or, with `on_device`, where the network is."""
 
     def __init__(
-        self, trials: DynamicTrials, data: DataConfig, sample_rate: int, seed: int, device: torch.device
+        self,
+        trials: DynamicTrials,
+        data: DataConfig,
+        sample_rate: int,
+        seed: int,
+        device: torch.device,
+        share: Share = WHOLE,
     ) -> None:
         speech = _open_pack(trials.pack, sample_rate, "data.train.pack")
         self.drawer = Drawer(
@@ -105,7 +132,7 @@ class DynamicSource(Source):
         self.speakers = list(speech.speakers)
         packs = (speech, *(part[1] for part in (self.drawer.noise, self.drawer.reverb) if part is not None))
         self.digest = hashlib.sha256(json.dumps([pack.header["sha256"] for pack in packs]).encode()).hexdigest()
-        self.data, self.seed, self.device = data, seed, device
+        self.data, self.seed, self.device, self.share = data, seed, device, share
         self.steps_per_epoch = max(1, trials.examples_per_epoch // data.batch_size)
         self.renderer = Renderer(self.drawer, device) if trials.on_device else None
 
@@ -115,10 +142,10 @@ class DynamicSource(Source):
         if self.renderer is not None:
             renderer = self.renderer
             return (
-                draw_batch(self.drawer, renderer, epoch, np.arange(k * size, (k + 1) * size))
+                draw_batch(self.drawer, renderer, epoch, part_of(np.arange(k * size, (k + 1) * size), self.share))
                 for k in range(start, stop)
             )
-        sampler = EpochSampler(stop * size, size, self.seed, epoch, start, shuffle=False)
+        sampler = EpochSampler(stop * size, size, self.seed, epoch, start, shuffle=False, share=self.share)
         return read_batches(_loader(DynamicDataset(self.drawer), sampler, self.data, self.device))
 
 
@@ -159,6 +186,7 @@ def _loader(
 
 
 def _start_worker(number: int) -> None:
+    ignore_stop_requests()
     keep_freed_memory()
 
 

@@ -55,7 +55,11 @@ def temporal_block(
     `precision` is the type of the matrix products' operands.
     """
     w = weights
-    hidden = (pointwise(frames.to(precision), w.expand[:, :, 0].to(precision)) + offset[:, None]).to(precision).to(frames.dtype)
+    hidden = (
+        (pointwise(frames.to(precision), w.expand[:, :, 0].to(precision)) + offset[:, None])
+        .to(precision)
+        .to(frames.dtype)
+    )
     active = torch.where(hidden > 0, hidden, w.expand_slope * hidden)
     mean, rstd = _statistics(active, eps)
     scale = w.expand_scale * rstd

@@ -126,7 +126,9 @@ class TemporalBlock(nn.Module):
                 self.project.weight,
                 self.project.bias,
             )
-            return compiled(temporal_block)(frames, offset, weights, self.depthwise.dilation[0], self.expand_norm.eps, precision)
+            return compiled(temporal_block)(
+                frames, offset, weights, self.depthwise.dilation[0], self.expand_norm.eps, precision
+            )
 
 
 class SpeechEncoder(nn.Module):

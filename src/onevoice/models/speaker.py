@@ -9,7 +9,6 @@ import functools
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onevoice.models.layers import Frames, Mask, Pointwise
 
