@@ -21,5 +21,7 @@ def checkpoint_blocks(model: Network) -> None:
             object.__setattr__(block, "forward", partial(_recomputed, block.forward))
 
 
-def _recomputed(forward: Any, *inputs: Any) -> Any:
-    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+def _recomputed(forward: Any, *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)

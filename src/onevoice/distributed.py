@@ -137,21 +137,14 @@ def unsynchronised(network: nn.Module, wanted: bool) -> contextlib.AbstractConte
 class SharedBatchNorm(ValidBatchNorm):
     """Batch normalisation by the statistics of the valid frames of all processes."""
 
-    def forward(self, frames: Frames, mask: Mask | None = None) -> Frames:
-        """Normalise by the statistics of the whole batch (training) or the running ones (evaluation)."""
-        if not self.training:
-            return super().forward(frames, mask)
-        values, valid = frames.float(), frames.new_ones((), dtype=torch.float32) if mask is None else mask
-        own = values.new_full((1,), frames.shape[0] * frames.shape[2]) if mask is None else mask.sum()[None]
-        sums = _sum_over_group(torch.cat([(values * valid).sum((0, 2)), own]))
-        count = sums[-1]
-        mean = sums[:-1] / count
-        centred = values - mean[:, None]
-        variance = _sum_over_group((centred * valid).square().sum((0, 2))) / count
-        self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        normalised: Tensor = centred * scale[:, None] + self.bias[:, None]
-        return normalised if mask is not None else normalised.to(frames.dtype)
+    def moments(self, frames: Frames, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and variance of each channel over the valid frames of all processes, and their number."""
+        valid = frames.new_ones(()) if mask is None else mask
+        own = frames.new_tensor([frames.shape[0] * frames.shape[1]]) if mask is None else mask.sum()[None]
+        sums = _sum_over_group(torch.cat([(frames * valid).sum((0, 1)), own]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        variance = _sum_over_group(((frames - mean) * valid).square().sum((0, 1))) / count
+        return mean, variance, count
 
 
 class SumOverGroup(torch.autograd.Function):

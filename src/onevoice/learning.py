@@ -40,6 +40,7 @@ class Learner:
         torch.manual_seed(derive_seed(experiment.seed, "weights") % 2**63)
         self.model: Network = build_model(experiment.model).to(device)
         self.average = None if settings.ema is None else RunningAverage(self.model, settings.ema)
+        self.model.compiled = settings.compile
         if settings.checkpoint_activations:
             checkpoint_blocks(self.model)
         self.network = distribute(self.model, group)

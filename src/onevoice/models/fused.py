@@ -26,7 +26,7 @@ MOST_VARIANTS = 64
 
 
 class BlockWeights(NamedTuple):
-    """The parameters of a temporal block, in the shapes of its layers; only the taps are turned, to lie along memory."""
+    """The parameters of a temporal block, in the shapes of its layers but for the taps, turned to lie along memory."""
 
     expand: Float[Tensor, "hidden channels 1"]
     expand_slope: Float[Tensor, "1"]
@@ -55,11 +55,8 @@ def temporal_block(
     `precision` is the type of the matrix products' operands.
     """
     w = weights
-    hidden = (
-        (pointwise(frames.to(precision), w.expand[:, :, 0].to(precision)) + offset[:, None])
-        .to(precision)
-        .to(frames.dtype)
-    )
+    product = pointwise(frames.to(precision), w.expand[:, :, 0].to(precision))
+    hidden = (product + offset[:, None]).to(precision).to(frames.dtype)
     active = torch.where(hidden > 0, hidden, w.expand_slope * hidden)
     mean, rstd = _statistics(active, eps)
     scale = w.expand_scale * rstd

@@ -5,8 +5,9 @@ alone take (batch, channels, frames). A mask has 1 for valid frames and 0 for pa
 is None where all frames are valid, which is the fast path of training.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -110,8 +111,10 @@ class TemporalBlock(nn.Module):
     ) -> Float[Tensor, "batch frames channels"]:
         device = frames.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frames.dtype
+        assert self.expand.bias is not None
+        assert self.depthwise.bias is not None
+        assert self.project.bias is not None
         with torch.autocast(device, enabled=False):
-            assert self.expand.bias is not None
             offset = self.expand.bias[None] if embedding is None else self._speaker_part(embedding.to(frames.dtype))
             weights = BlockWeights(
                 self.expand.weight[:, : frames.shape[2]],
@@ -126,9 +129,9 @@ class TemporalBlock(nn.Module):
                 self.project.weight,
                 self.project.bias,
             )
-            return compiled(temporal_block)(
-                frames, offset, weights, self.depthwise.dilation[0], self.expand_norm.eps, precision
-            )
+            dilation, eps = self.depthwise.dilation[0], self.expand_norm.eps
+            block: Callable[..., Tensor] = compiled(temporal_block)
+            return block(frames, offset, weights, dilation, eps, precision)
 
 
 class SpeechEncoder(nn.Module):
@@ -164,10 +167,12 @@ class SpeechEncoder(nn.Module):
         """Return the non-negative frames of each scale."""
         count = self.frames(audio.shape[1])
         padded = F.pad(audio, (0, max(0, (count - 1) * self.hop + self.windows[-1] - audio.shape[1])))
-        return [
-            F.relu(F.linear(padded.unfold(1, window, self.hop)[:, :count], scale.weight[:, 0], scale.bias))
-            for window, scale in zip(self.windows, self.scales, strict=True)
-        ]
+        coded = []
+        for window, scale in zip(self.windows, self.scales, strict=True):
+            assert isinstance(scale, nn.Conv1d)
+            windows = padded.unfold(1, window, self.hop)[:, :count]
+            coded.append(F.relu(pointwise(windows, scale.weight[:, 0], scale.bias)))
+        return coded
 
 
 class SpeechDecoder(nn.Module):
@@ -187,6 +192,6 @@ class SpeechDecoder(nn.Module):
         """
         hops = -(-self.window // self.hop)
         weight = F.pad(self.weight, (0, hops * self.hop - self.window))
-        parts = pointwise(frames, weight.T).to(self.weight.dtype).unflatten(2, (hops, self.hop))
-        audio = sum(F.pad(parts[:, :, j], (0, 0, j, hops - 1 - j)) for j in range(hops))
-        return audio.flatten(1)[:, :samples] + self.bias
+        parts = pointwise(frames, weight.T).to(self.weight.dtype).reshape(*frames.shape[:2], hops, self.hop)
+        shifted = (F.pad(parts[:, :, j], (0, 0, j, hops - 1 - j)) for j in range(hops))
+        return functools.reduce(torch.add, shifted).flatten(1)[:, :samples] + self.bias
