@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toy_runs import equal, experiment, finish, quiet, rows_without_time, settings, start, weights
 from voices import make_trials
 
+from onevoice.devices import missing_for_compiling
 from onevoice.errors import StorageError, TrainingError
 from onevoice.interruption import STOPPING, StopRequest, stop_requests
 from onevoice.tracking import read_rows
@@ -134,6 +136,31 @@ def test_a_killed_data_reader(trials: Path, tmp_path: Path, monkeypatch: pytest.
     again = train(config, resume=last if saved else None, echo=quiet)
     whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
     assert equal(weights(again), weights(whole))
+
+
+def test_without_a_compiler_training_goes_on(
+    trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    trainer = Trainer(experiment(trials, tmp_path, name="compiled", training__compile=True))
+    assert not trainer.model.compiled
+    assert "training.compile: a C++ compiler (g++ or clang++) is missing here" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert missing_for_compiling(torch.device("meta")) == "a compiler for meta"
+
+
+def test_a_failed_compiler_is_named(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BackendCompilerFailed(RuntimeError):
+        """Stands in for torch's, whose name differs between releases."""
+
+        __module__ = "torch._dynamo.exc"
+
+    def fail(*anything: Any, **named: Any) -> None:
+        raise BackendCompilerFailed("backend='inductor' raised:\nCppCompileError: no Python.h")
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    with pytest.raises(TrainingError, match=r"torch\.compile failed \(backend='inductor' raised:\); start again with"):
+        train(experiment(trials, tmp_path, name="failing"), echo=quiet)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(trials: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from onevoice.config import from_dict
 from onevoice.errors import ConfigError
-from onevoice.loss import UNKNOWN_SPEAKER, MultiLoss, si_sdr, suppression
+from onevoice.loss import UNKNOWN_SPEAKER, MultiLoss, level_error, si_sdr, suppression
 from onevoice.models import Prediction
 
 
@@ -98,6 +98,21 @@ def test_the_formula_of_the_paper() -> None:
     terms = MultiLoss()(predicted, target, speaker)
     torch.testing.assert_close(terms.total, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(terms.si_sdr, short, atol=1e-4, rtol=0)
+
+
+def test_the_level_is_the_distance_of_energies_in_db() -> None:
+    target, weight = noise(3, 800, seed=5), 0.05
+    louder = torch.tensor([2.0, 0.1, 1.0])[:, None] * target
+    expected = torch.tensor([20 * math.log10(2), 20.0, 0.0])
+    torch.testing.assert_close(level_error(louder, target), expected, atol=1e-4, rtol=0)
+    junk = torch.cat([louder, torch.full((3, 10), torch.nan)], 1)
+    padded = level_error(junk, F.pad(target, (0, 10)), torch.full((3,), 800))
+    torch.testing.assert_close(padded, expected, atol=1e-4, rtol=0)
+    predicted, unknown = prediction(), torch.full((3,), UNKNOWN_SPEAKER)
+    plain, levelled = (MultiLoss(level=w)(predicted, target, unknown).total for w in (0.0, weight))
+    distances = [level_error(estimate, target).mean() for estimate in predicted["predicted_audio"]]
+    taken_off = weight * (0.8 * distances[0] + 0.1 * distances[1] + 0.1 * distances[2])
+    torch.testing.assert_close(levelled - plain, taken_off, atol=1e-5, rtol=1e-4)
 
 
 def test_unknown_speakers_add_no_cross_entropy() -> None:

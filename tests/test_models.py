@@ -70,7 +70,7 @@ def test_every_parameter_gets_a_gradient(model: Network) -> None:
 def test_the_estimate_follows_the_enrollment(model: Network) -> None:
     mixture = noise(1, 800)
     first, second = (model({"audio": mixture, "ref": noise(1, 900, seed=s)})["predicted_audio"][0] for s in (2, 3))
-    assert (first - second).abs().max() > 1e-4
+    assert (first - second).abs().max() > 1e-3 * first.abs().max()
 
 
 @pytest.mark.parametrize("ref_samples", [50, 300, 461, 905])

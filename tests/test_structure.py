@@ -16,7 +16,7 @@ FLOORS = [
     "silence", "loudness", "rooms", "recordings", "layouts", "corpus", "manifest", "mixing_law", "mixture",
     "packed", "packing", "dynamic", "dataset", "protocols",
     # networks
-    "models.base", "models.layers", "models.speaker", "models.spexplus", "models",
+    "models.base", "models.fused", "models.layers", "models.speaker", "models.spexplus", "models",
     # what both meet in
     "rendering", "loss", "metrics", "scoring", "checkpoint", "pretrained",
     # using and judging, which never import learning

@@ -1,5 +1,9 @@
 """Where a network runs."""
 
+import importlib.util
+import os
+import shutil
+
 import torch
 
 from onevoice.errors import ConfigError
@@ -19,3 +23,13 @@ def pick_device(name: str = "auto", key: str = "device") -> torch.device:
             f"{key}: {name!r} is not there for torch; choose auto, cpu, or cuda where there is one"
         ) from error
     return torch.device(name)
+
+
+def missing_for_compiling(device: torch.device) -> str | None:
+    """Return what `torch.compile` would need for a device and does not find; None when it can work."""
+    if device.type == "cpu":
+        names = [os.environ.get("CXX", "g++"), "clang++"]
+        return None if any(map(shutil.which, names)) else "a C++ compiler (g++ or clang++)"
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "triton"
+    return f"a compiler for {device.type}"

@@ -17,11 +17,16 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def compiler_failed(error: BaseException) -> bool:
+    """Say whether an error comes from the compiler of `training.compile`."""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
+
+
 @contextlib.contextmanager
 def plain_errors(last: Path, process: str | None) -> Iterator[None]:
-    """Raise `TrainingError` for short memory, a lost data reader and, where `process` names one of many, lost others.
+    """Raise `TrainingError` for short memory, a lost data reader, a failed compiler and, in a group, lost others.
 
-    `last` is the checkpoint that a run goes on from, once it is there.
+    `last` is the checkpoint that a run goes on from, once it is there; `process` names this one of a group.
     """
     try:
         yield
@@ -35,8 +40,12 @@ def plain_errors(last: Path, process: str | None) -> Iterator[None]:
                 f"out of memory; {go_on} with --set training.on_out_of_memory=halve or "
                 "training.checkpoint_activations=true, or start anew with a lower data.batch_size"
             ) from error
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0][:150]
+        if compiler_failed(error):
+            raise TrainingError(
+                f"torch.compile failed ({reason}); {go_on} with --set training.compile=false"
+            ) from error
         if process is not None:
-            reason = str(error).partition("\n")[0].partition(". ")[0][:150]
             raise TrainingError(
                 f"{process} lost the others ({reason}); {go_on}, or let torchrun do it by --max-restarts"
             ) from error

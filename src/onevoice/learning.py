@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from onevoice.activations import checkpoint_blocks
 from onevoice.averaging import RunningAverage
 from onevoice.dataset import TrialBatch
+from onevoice.devices import missing_for_compiling
 from onevoice.distributed import Group, distribute, unsynchronised
 from onevoice.errors import TrainingError
 from onevoice.experiment import Experiment
@@ -40,7 +41,7 @@ class Learner:
         torch.manual_seed(derive_seed(experiment.seed, "weights") % 2**63)
         self.model: Network = build_model(experiment.model).to(device)
         self.average = None if settings.ema is None else RunningAverage(self.model, settings.ema)
-        self.model.compiled = settings.compile
+        self.model.compiled = settings.compile and self._can_compile()
         if settings.checkpoint_activations:
             checkpoint_blocks(self.model)
         self.network = distribute(self.model, group)
@@ -52,6 +53,12 @@ class Learner:
         self.names: list[str] = []
         self.rate = 0.0
         """The learning rate of the last step, and before it the names of its trials."""
+
+    def _can_compile(self) -> bool:
+        missing = missing_for_compiling(self.device)
+        if missing is not None:
+            self.echo(f"training.compile: {missing} is missing here; going on without, steps take longer")
+        return missing is None
 
     @property
     def weights(self) -> Network:

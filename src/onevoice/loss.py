@@ -72,11 +72,20 @@ def suppression(
     return -10 * torch.log10(ratio + 10 ** (-limit_db / 10))
 
 
+def level_error(
+    estimate: Wave, target: Wave, length: Lengths | None = None, eps: float = 1e-8
+) -> Float[Tensor, " batch"]:
+    """Return the distance in dB between the energies of each estimate and its target, |10 log10(|e|² / |s|²)|."""
+    energies = [zero_padding(signal.float(), length).square().sum(1) + eps for signal in (estimate, target)]
+    return (10 * torch.log10(energies[0] / energies[1])).abs()
+
+
 @dataclass(frozen=True, config=STRICT)
 class MultiLoss:
     """−((1−alpha−beta) SI-SDR_short + alpha SI-SDR_middle + beta SI-SDR_long) + lambd · cross-entropy.
 
-    Where the target is silent, `suppression` stands in for the SI-SDR of each scale.
+    Where the target is silent, `suppression` stands in for the SI-SDR of each scale. From each present item's SI-SDR,
+    `level` times its `level_error` is taken off.
     """
 
     alpha: Weight = 0.1
@@ -87,6 +96,9 @@ class MultiLoss:
     """Weight of the speaker classification."""
     limit_db: Annotated[float, Field(gt=0)] | None = None
     """SI-SDR that no item can pass, softly; needed where mixtures are the target alone. Null is the paper's loss."""
+    level: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the level. SI-SDR leaves the level of estimates open, and without one the silence that is asked for
+    where the target is absent is had by turning everything down."""
 
     def __post_init__(self) -> None:
         """Check that the short decoder keeps some weight."""
@@ -106,12 +118,13 @@ class MultiLoss:
         `mixture` is needed only for items without their target; they add nothing where it is not given.
         """
         present = target.abs().amax(1) > 0
-        values = []
-        for estimate in prediction["predicted_audio"]:
+        estimates = prediction["predicted_audio"]
+        ratios = [si_sdr(estimate, target, length, self.limit_db) for estimate in estimates]
+        weights, gain = (1 - self.alpha - self.beta, self.alpha, self.beta), target.new_zeros(())
+        for weight, estimate, ratio in zip(weights, estimates, ratios, strict=True):
             absent = target.new_zeros(len(target)) if mixture is None else suppression(estimate, mixture, length)
-            values.append(torch.where(present, si_sdr(estimate, target, length, self.limit_db), absent))
-        scales = torch.stack(values)
-        weights = scales.new_tensor([1 - self.alpha - self.beta, self.alpha, self.beta])
+            speaking = ratio - self.level * level_error(estimate, target, length) if self.level else ratio
+            gain = gain + weight * torch.where(present, speaking, absent).mean()
         known = (speaker != UNKNOWN_SPEAKER).sum().clamp(min=1)
         cross_entropy = (
             F.cross_entropy(
@@ -119,5 +132,5 @@ class MultiLoss:
             )
             / known
         )
-        mean_si_sdr = (scales[0] * present).sum() / present.sum().clamp(min=1)
-        return LossTerms(self.lambd * cross_entropy - weights @ scales.mean(1), mean_si_sdr, cross_entropy)
+        mean_si_sdr = (ratios[0] * present).sum() / present.sum().clamp(min=1)
+        return LossTerms(self.lambd * cross_entropy - gain, mean_si_sdr, cross_entropy)

@@ -182,6 +182,8 @@ class SpeechDecoder(nn.Module):
         super().__init__()
         self.window, self.hop = window, hop
         bound = 1.0 / math.sqrt(window)
+        self.level = hop / (window * filters)
+        """What makes the sum over filters and overlapping windows a mean: about the level of the encoder's input."""
         self.weight = nn.Parameter(torch.empty(filters, window).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(1).uniform_(-bound, bound))
 

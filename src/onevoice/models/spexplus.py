@@ -143,11 +143,14 @@ class SpExPlus(Network):
         estimates = []
         for coded, to_mask, decoder in zip(scales, self.masks, self.decoders, strict=True):
             masked = coded * F.relu(to_mask(frames))
-            estimates.append(decoder(masked if mask is None else masked * mask, samples))
+            estimate = decoder(masked if mask is None else masked * mask, samples)
+            estimates.append(estimate * decoder.level if self.config.normalize_level else estimate)
         return tuple(estimates)
 
 
-def _to_whole_seconds(ref: Wave, ref_length: Lengths | None, sample_rate: int) -> tuple[Wave, Lengths]:
+def _to_whole_seconds(
+    ref: Wave, ref_length: Lengths | None, sample_rate: int
+) -> tuple[Float[Tensor, "batch padded"], Lengths]:
     """Pad enrollments to whole seconds, so that the compiler meets few lengths."""
     if ref_length is None:
         ref_length = torch.full((len(ref),), ref.shape[1], device=ref.device)
