@@ -73,10 +73,11 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "compiled", lambda function: function)
 
 
+CHANGES: list[dict[str, int]] = [{}, {"kernel_size": 5, "blocks": 3, "stacks": 2}, {"normalize_level": False}]
+
+
 @pytest.mark.usefixtures("without_compiler")
-@pytest.mark.parametrize(
-    "change", [{}, {"kernel_size": 5, "blocks": 3, "stacks": 2}, {"normalize_level": False}], ids=str
-)
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_the_formulation_has_the_gradients_of_the_layers(change: dict[str, int]) -> None:
     config = replace(CONFIG, **change)
     plain, fused = (gradients(network(compiled, config), torch.float64) for compiled in (False, True))

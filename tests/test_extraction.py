@@ -99,6 +99,18 @@ def test_estimate_and_residual_are_orthogonal(extractor: Extractor) -> None:
     assert abs(estimate @ (mixture - estimate)) < 1e-5 * (estimate @ estimate)
 
 
+def test_what_a_levelled_network_turns_down_stays_down() -> None:
+    model = Straight(NetworkConfig(sample_rate=8000))
+    mixture = speech(0)
+    for gain, own, expected in ((0.01, 0.02, 1.0), (0.8, 1.0, 1.0)):
+        with torch.no_grad():
+            model.gain.fill_(gain)
+        for levelled, factor in ((True, own), (False, expected)):
+            extractor = Extractor(model, Card(CONFIG, facts={"levelled": levelled}))
+            voice = extractor.extract(mixture, 8000, speech(0, 2.0), 8000)
+            np.testing.assert_allclose(voice, factor * (mixture - mixture.mean()), atol=1e-3)
+
+
 def test_match_level_leaves_the_least_residual() -> None:
     rng = np.random.default_rng(0)
     mixture, estimate = rng.standard_normal((2, 500)).astype(np.float32)

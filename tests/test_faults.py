@@ -150,13 +150,13 @@ def test_without_a_compiler_training_goes_on(
 
 
 def test_a_failed_compiler_is_named(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class BackendCompilerFailed(RuntimeError):
+    class CompilerError(RuntimeError):
         """Stands in for torch's, whose name differs between releases."""
 
         __module__ = "torch._dynamo.exc"
 
     def fail(*anything: Any, **named: Any) -> None:
-        raise BackendCompilerFailed("backend='inductor' raised:\nCppCompileError: no Python.h")
+        raise CompilerError("backend='inductor' raised:\nCppCompileError: no Python.h")
 
     monkeypatch.setattr(Trainer, "step", fail)
     with pytest.raises(TrainingError, match=r"torch\.compile failed \(backend='inductor' raised:\); start again with"):

@@ -7,8 +7,11 @@ Decided here, once, for every way of using a model:
 - the network's estimate has an arbitrary level (SI-SDR does not see it), so it is scaled by the gain that leaves
   the least residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩; mixture = estimate + residual then holds with
   the two orthogonal. A silent estimate stays silent.
+- a network that was trained with `loss.level` says by its level that the voice is absent; then the gain is at most
+  `MOST_GAIN`, so that what it has turned down is not turned up again.
 """
 
+import math
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +29,8 @@ from onevoice.pretrained import resolve
 
 MIN_ENROLLMENT_SECONDS = 0.5
 """Shorter enrollments are refused; 3 s and more of clean speech are advised."""
+MOST_GAIN = 2.0
+"""Largest gain (6 dB) that is given to the estimate of a network that has learned its level."""
 
 Sound = TypeVar("Sound", np.ndarray, Tensor)
 
@@ -77,7 +82,8 @@ class Extractor:
             "ref": torch.from_numpy(resample(enrollment, enrollment_rate, own))[None],
         }
         estimate = resample(self.estimate(batch)[0].numpy(), own, rate)
-        return match_level(fit_length(estimate, len(mixture)), mixture)
+        most = MOST_GAIN if self.card.facts.get("levelled") else math.inf
+        return match_level(fit_length(estimate, len(mixture)), mixture, most)
 
 
 def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
@@ -132,11 +138,12 @@ def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
     require_sound(samples, name)
 
 
-def match_level(estimate: Mono, mixture: Mono) -> Mono:
-    """Scale `estimate` by the gain that leaves the least energy in `mixture − gain · estimate`."""
+def match_level(estimate: Mono, mixture: Mono, most: float = math.inf) -> Mono:
+    """Scale `estimate` by the gain, up to `most`, that leaves the least energy in `mixture − gain · estimate`."""
     wide = estimate.astype(np.float64)
     energy = float(wide @ wide)
     gain = float(mixture.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
+    gain = min(gain, most)
     return (gain * wide).astype(np.float32)
 
 

@@ -168,6 +168,7 @@ class Trainer(Learner):
             "best_validation_si_sdri_db": self.progress.best if math.isfinite(self.progress.best) else None,
             "experiment": self.experiment.name,
             "data": to_dict(self.experiment.data.train),
+            "levelled": self.experiment.loss.level > 0,
             **({} if self.average is None else {"ema": self.average.decay}),
             **provenance(),
         }
