@@ -153,8 +153,8 @@ def train(
                 "name an experiment with --config FILE.json, or a run to go on with by --resume CHECKPOINT"
             )
         config = resume.parent / "config.json"
-    experiment = load_config(Experiment, config, set_ or [])
     weights = None if load is None else resolve(load)
+    experiment = load_config(Experiment, config, set_ or [])
     if profile is not None:
         if minutes is not None:
             raise ConfigError("--profile and --minutes exclude each other: a profile ends after its steps")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from onevoice.models import ModelConfig, build_model
 from onevoice.models.base import Batch
+from onevoice.models.fused import pointwise
 
 aten = torch.ops.aten
 NOT_MOVED = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view, aten._reshape_alias}
@@ -84,14 +84,14 @@ def measure_ceilings(
 ) -> Ceilings:
     """Measure the ceilings of a device: the best of `repeats` products of `size`³ and copies of 16·`size`² floats.
 
-    On the CPU the product is tried as `torch.mm` and as a 1x1 convolution, for torch gives the one to MKL or BLAS and
-    the other to oneDNN, and which is faster depends on the processor. By default `size` is 2048 there, else 8192.
+    On the CPU the product is tried as `torch.mm` and as our `pointwise`, for torch gives the one to MKL or BLAS
+    and the other to oneDNN, and which is faster depends on the processor. By default `size` is 2048 there, else 8192.
     """
     size = size or (2048 if device.type == "cpu" else 8192)
     left, right = torch.randn(2, size, size, device=device).to(precision)
     products: list[Callable[[], Any]] = [lambda: left @ right]
     if device.type == "cpu":
-        products.append(lambda: F.conv1d(left[None], right[:, :, None]))
+        products.append(lambda: pointwise(left[None], right))
     source = torch.randn(16 * size**2 if device.type == "cpu" else 4 * size**2, device=device)
     copy = torch.empty_like(source)
     with torch.no_grad():

@@ -29,7 +29,7 @@ class ValidBatchNorm(nn.BatchNorm1d):
             assert self.running_var is not None
             mean, variance = self.running_mean, self.running_var
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return frames * scale + (self.bias - mean * scale)
+        return (frames - mean) * scale + self.bias
 
     def moments(self, frames: Frames, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean and variance of each channel over the valid frames of the batch, and their number."""
