@@ -102,7 +102,7 @@ def test_estimate_and_residual_are_orthogonal(extractor: Extractor) -> None:
 def test_what_a_levelled_network_turns_down_stays_down() -> None:
     model = Straight(NetworkConfig(sample_rate=8000))
     mixture = speech(0)
-    for gain, own, expected in ((0.01, 0.02, 1.0), (0.8, 1.0, 1.0)):
+    for gain, own, expected in ((0.01, 0.02, 1.0), (0.8, 1.0, 1.0), (-0.01, 0.02, 1.0)):
         with torch.no_grad():
             model.gain.fill_(gain)
         for levelled, factor in ((True, own), (False, expected)):
