@@ -1,7 +1,9 @@
 """Every test runs with shapes and types of the package checked at each call (jaxtyping with beartype)."""
 
 import os
+import signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as there are cores
 
 from jaxtyping import install_import_hook
