@@ -3,7 +3,6 @@
 import os
 import signal
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in as many processes as there are cores
 
 from jaxtyping import install_import_hook
@@ -16,6 +15,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from voices import make_corpus  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
 SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
 
 

@@ -139,7 +139,7 @@ def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
 
 
 def match_level(estimate: Mono, mixture: Mono, most: float = math.inf) -> Mono:
-    """Scale `estimate` by the gain (of size up to `most`) that leaves the least energy in `mixture − gain · estimate`."""
+    """Scale `estimate` by the gain, of size up to `most`, that leaves least energy in `mixture − gain · estimate`."""
     wide = estimate.astype(np.float64)
     energy = float(wide @ wide)
     gain = float(mixture.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
