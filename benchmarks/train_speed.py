@@ -22,12 +22,12 @@ import importlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from model_speed import batch_of, seconds_of
 from plain_layers import PlainSpExPlus
 from torch.nn import functional as F
 
@@ -86,16 +86,6 @@ def step_of(network: torch.nn.Module, batch: Batch, precision: torch.dtype, fuse
     return run
 
 
-def seconds_of(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def runs(config: SpExPlusConfig, batch: Batch, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     ours = [build_model(config).to(options.device).train() for _ in range(4)]
     for network in ours[2:]:
@@ -137,8 +127,7 @@ def main() -> None:
     config = SpExPlusConfig(sample_rate=options.sample_rate)
     if options.small:
         config = load_config(Experiment, ROOT / "configs/small.json", ["model.num_classes=101"]).model
-    samples = round(options.seconds * config.sample_rate)
-    batch = {name: torch.randn(options.batch, samples, device=options.device) for name in ("audio", "ref")}
+    batch = {k: v.to(options.device) for k, v in batch_of(config, options.batch, options.seconds).items()}
     steps = runs(config, batch, options)
     memory: dict[str, float] = {}
     for name, run in steps.items():

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onevoice.errors import ConfigError
 from onevoice.models import Network
-from onevoice.models.layers import Frames, Mask
+from onevoice.models.fused import Frames
+from onevoice.models.layers import Mask
 from onevoice.models.speaker import ValidBatchNorm
 
 Item = TypeVar("Item")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 T = TypeVar("T")
-LastFrames = Float[Tensor, "batch frames channels"]
+Frames = Float[Tensor, "batch frames channels"]
 MOST_VARIANTS = 64
 """Compiled variants of one function that are kept: one for each dilation, precision and shape."""
 
@@ -42,13 +42,13 @@ class BlockWeights(NamedTuple):
 
 
 def temporal_block(
-    frames: LastFrames,
+    frames: Frames,
     offset: Float[Tensor, "#batch hidden"],
     weights: BlockWeights,
     dilation: int,
     eps: float,
     precision: torch.dtype,
-) -> LastFrames:
+) -> Frames:
     """Return `frames` plus what the block makes of them.
 
     `offset` is added to every frame after the first product: its bias, and the speaker's part where there is one.
@@ -92,15 +92,15 @@ def pointwise(
 
 
 @functools.cache
-def compiled(function: Callable[..., T], dynamic: bool = False) -> Callable[..., T]:
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """Return `function` through `torch.compile`; the compiler runs at the first call of each variant."""
     import torch._dynamo.config as settings
 
     settings.cache_size_limit = max(settings.cache_size_limit, MOST_VARIANTS)
-    return torch.compile(function, dynamic=dynamic)
+    return torch.compile(function, dynamic=False)
 
 
-def _statistics(active: LastFrames, eps: float) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
+def _statistics(active: Frames, eps: float) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
     """Return mean and 1 / deviation of each item over frames and channels.
 
     Summed in two stages: compilers add the terms of one stage one by one, which over a million of them costs digits.

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onevoice.models.base import Lengths, Wave
-from onevoice.models.fused import BlockWeights, compiled, pointwise, temporal_block
+from onevoice.models.fused import BlockWeights, Frames, compiled, pointwise, temporal_block
 
-Frames = Float[Tensor, "batch frames channels"]
 Mask = Float[Tensor, "batch frames 1"]
 ChannelsFirst = Float[Tensor, "batch channels frames"]
 MaskFirst = Float[Tensor, "batch 1 frames"]

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from onevoice.models.layers import Frames, Mask, Pointwise
+from onevoice.models.fused import Frames
+from onevoice.models.layers import Mask, Pointwise
 
 POOLING = 3
 """Frames per max pooling window of a residual block."""

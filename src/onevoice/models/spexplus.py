@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from onevoice.config import STRICT
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Positive, Wave
-from onevoice.models.fused import compiled
-from onevoice.models.layers import Frames, Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock
+from onevoice.models.fused import Frames, compiled
+from onevoice.models.layers import Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock
 from onevoice.models.speaker import SpeakerEncoder
 from onevoice.units import to_samples
 
