@@ -25,17 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from voices import make_corpus, make_trials
 
-from onevoice import rendering
 from onevoice.audio import write_audio
-from onevoice.corpus import list_corpus
-from onevoice.dataset import TrialDataset, collate, find_trials
-from onevoice.dynamic import ChannelStep, Drawer, MixingStep, NoiseStep, ReverbStep
-from onevoice.loss import MultiLoss
-from onevoice.memory import keep_freed_memory
+from onevoice.corpus.listing import list_corpus
+from onevoice.corpus.pack import PackedCorpus
+from onevoice.corpus.packing import pack_corpus
+from onevoice.mixing import render as rendering
+from onevoice.mixing.draw import ChannelStep, Drawer, MixingStep, NoiseStep, ReverbStep
+from onevoice.mixing.render import Renderer
 from onevoice.models import SpExPlusConfig, build_model
-from onevoice.packed import PackedCorpus
-from onevoice.packing import pack_corpus
-from onevoice.rendering import Renderer
+from onevoice.processes import keep_freed_memory
+from onevoice.training.loss import MultiLoss
+from onevoice.trials.trials import TrialDataset, collate, find_trials
 
 RATE, SECONDS = 16_000, 4.0
 

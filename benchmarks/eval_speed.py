@@ -27,9 +27,9 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from voices import make_trials
 
-    from onevoice.checkpoint import Card
-    from onevoice.evaluation import EvaluationConfig, evaluate
-    from onevoice.extraction import Extractor
+    from onevoice.evaluation.summary import EvaluationConfig, evaluate
+    from onevoice.extraction.checkpoint import Card
+    from onevoice.extraction.extractor import Extractor
     from onevoice.models import SpExPlusConfig, build_model
 
     torch.set_num_threads(1)

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_mixing import plain_trial
 from voices import Voice
 
-from onevoice import mixture
 from onevoice.audio import write_audio
-from onevoice.corpus import Speaker, scan
-from onevoice.mixing_law import MixingLaw, draw_trial
+from onevoice.corpus.listing import Speaker, scan
+from onevoice.mixing import generator as mixture
+from onevoice.mixing.law import MixingLaw, draw_trial
 
 SEED = 0
 

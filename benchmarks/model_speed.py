@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from plain_layers import PlainSpExPlus
 
-from onevoice.loss import MultiLoss
-from onevoice.memory import keep_freed_memory
 from onevoice.models import Network, SpExPlusConfig, build_model
+from onevoice.processes import keep_freed_memory
+from onevoice.training.loss import MultiLoss
 
 
 def batch_of(config: SpExPlusConfig, size: int, seconds: float) -> dict[str, torch.Tensor]:

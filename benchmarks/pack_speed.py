@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from voices import Voice
 
 from onevoice.audio import write_audio
-from onevoice.corpus import Corpus, list_corpus
-from onevoice.packed import PackedCorpus
-from onevoice.packing import pack_corpus
+from onevoice.corpus.listing import Corpus, list_corpus
+from onevoice.corpus.pack import PackedCorpus
+from onevoice.corpus.packing import pack_corpus
 
 RATE = 16_000
 Crop = tuple[int, int]

@@ -32,10 +32,10 @@ from plain_layers import PlainSpExPlus
 from torch.nn import functional as F
 
 from onevoice.config import load_config
-from onevoice.experiment import Experiment
-from onevoice.loss import MultiLoss
-from onevoice.memory import keep_freed_memory
 from onevoice.models import SpExPlusConfig, build_model
+from onevoice.processes import keep_freed_memory
+from onevoice.training.experiment import Experiment
+from onevoice.training.loss import MultiLoss
 
 ROOT = Path(__file__).parents[1]
 Batch = dict[str, torch.Tensor]

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from onevoice.audio import Mono, read_audio, write_audio
-from onevoice.demo import SAMPLES
-from onevoice.loudness import loudness_gain
-from onevoice.mixing_law import ENROLLMENT_LUFS, mix_at_snr, pad_to_longest, shared_gain
-from onevoice.silence import trim
+from onevoice.evaluation.demo import SAMPLES
+from onevoice.mixing.law import ENROLLMENT_LUFS, mix_at_snr, pad_to_longest, shared_gain
+from onevoice.mixing.levels import loudness_gain, trim
 
 TARGET, INTERFERER = "slt", "rms"
 """A woman's and a man's voice."""

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from cyclopts import App, CycloptsError
 
-from onevoice import demo, pretrained
-from onevoice.checkpoint import Card, State, load_checkpoint, load_model, save_checkpoint
 from onevoice.config import to_dict
 from onevoice.errors import CheckpointError, ConfigError, OnevoiceError
-from onevoice.extraction import Extractor
-from onevoice.files import atomic_write
+from onevoice.evaluation import demo
+from onevoice.extraction import pretrained
+from onevoice.extraction.checkpoint import Card, State, load_checkpoint, load_model, save_checkpoint
+from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.pretrained import Published, read_registry
+from onevoice.files import atomic_write, to_document
 from onevoice.models import Network
-from onevoice.pretrained import Published, read_registry
-from onevoice.rows import to_document
 
 CARDS = Path(__file__).parents[1] / "docs" / "models"
 LARGEST_BYTES = 30_000_000
@@ -211,7 +211,7 @@ def model_card(
 
 | | |
 |---|---|
-| file | `src/onevoice/weights/{name}.safetensors`, {published.bytes / 1e6:.2f} MB, matrices in float16 |
+| file | `src/onevoice/extraction/weights/{name}.safetensors`, {published.bytes / 1e6:.2f} MB, matrices in float16 |
 | SHA-256 | `{published.sha256}` |
 | network | `{card.config.name}`, {published.parameters:,} parameters without classifier, {published.sample_rate} Hz |
 | licence | MIT, as the code; the recordings named below are not part of it and keep their own licences |

@@ -10,7 +10,7 @@ import soundfile
 from voices import Voice
 
 from onevoice.audio import write_audio
-from onevoice.corpus import Corpus
+from onevoice.corpus.listing import Corpus
 
 RATE = 8000
 

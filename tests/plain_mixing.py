@@ -11,7 +11,7 @@ import pyloudnorm
 import soundfile
 import soxr
 
-from onevoice.mixing_law import Draw, MixingLaw
+from onevoice.mixing.law import Draw, MixingLaw
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 

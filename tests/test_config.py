@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass
 
 from onevoice.config import STRICT, from_dict, json_schema, load_config, override, to_dict
 from onevoice.errors import ConfigError
-from onevoice.evaluation import EvaluationConfig
-from onevoice.experiment import ConstantConfig, Experiment, OneCycleConfig, PlateauConfig
+from onevoice.evaluation.summary import EvaluationConfig
 from onevoice.models import SpExPlusConfig
+from onevoice.training.experiment import ConstantConfig, Experiment, OneCycleConfig, PlateauConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 LEAST: dict[str, Any] = {"name": "x", "data": {"train": {"folder": "a"}, "validation": {"folder": "b"}}}

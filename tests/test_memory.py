@@ -7,7 +7,7 @@ import pytest
 
 COUNT = """
 import ctypes, resource, sys
-from onevoice.memory import keep_freed_memory
+from onevoice.processes import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(77)
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from onevoice.checkpoint import Card, save_checkpoint
 from onevoice.cli import main
 from onevoice.config import to_dict
+from onevoice.extraction.checkpoint import Card, save_checkpoint
 from onevoice.models import SpExPlusConfig, build_model
 
 ROOT = Path(__file__).parents[1]

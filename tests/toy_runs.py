@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tiny import ROOT
 
-from onevoice.checkpoint import load_checkpoint
 from onevoice.config import from_dict
-from onevoice.experiment import Experiment
+from onevoice.extraction.checkpoint import load_checkpoint
+from onevoice.training.experiment import Experiment
 
 MODEL = {
     "name": "spexplus", "sample_rate": 8000, "window_seconds": [0.005, 0.01, 0.02], "filters": 24, "channels": 16,
@@ -84,3 +84,7 @@ def rows_without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def quiet(line: str) -> None:
     """Take the place of `print`."""
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0

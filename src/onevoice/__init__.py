@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onevoice.errors import OnevoiceError as OnevoiceError
-    from onevoice.extraction import Extractor as Extractor
-    from onevoice.extraction import load as load
-    from onevoice.loss import MultiLoss as MultiLoss
-    from onevoice.mixture import MixtureGenerator as MixtureGenerator
+    from onevoice.extraction.extractor import Extractor as Extractor
+    from onevoice.extraction.extractor import load as load
+    from onevoice.mixing.generator import MixtureGenerator as MixtureGenerator
     from onevoice.models import SpExPlus as SpExPlus
     from onevoice.models import SpExPlusConfig as SpExPlusConfig
+    from onevoice.training.loss import MultiLoss as MultiLoss
 
 _PLACES = {
-    "Extractor": "onevoice.extraction",
-    "MixtureGenerator": "onevoice.mixture",
-    "MultiLoss": "onevoice.loss",
+    "Extractor": "onevoice.extraction.extractor",
+    "MixtureGenerator": "onevoice.mixing.generator",
+    "MultiLoss": "onevoice.training.loss",
     "OnevoiceError": "onevoice.errors",
     "SpExPlus": "onevoice.models",
     "SpExPlusConfig": "onevoice.models",
-    "load": "onevoice.extraction",
+    "load": "onevoice.extraction.extractor",
 }
 __all__ = list(_PLACES)
 

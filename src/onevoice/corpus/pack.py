@@ -1,0 +1,186 @@
+"""The packed corpus: every utterance in one memory-mapped file, any crop of it in microseconds.
+
+A pack is a folder:
+
+    samples.int16      all utterances one after the other, mono, 16-bit little-endian, sorted by speaker
+    index.npy          int64, three rows: first sample, number of samples, and speaker of each utterance
+    utterances.jsonl   one row for each recording that went in, and for each that was left out: why
+    pack.json          sample rate, speakers, counts, SHA-256 of the two binary files
+
+Values are full scale 1.0 = 32768; the mean of each utterance has been removed. `packing` writes it
+and puts the folder under its name only when it is whole.
+"""
+
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from jaxtyping import Float32, Int16, Int64
+
+from onevoice.errors import CorpusError
+from onevoice.files import Row
+
+FORMAT = 1
+HEADER = "pack.json"
+SAMPLES = "samples.int16"
+INDEX = "index.npy"
+ROWS = "utterances.jsonl"
+BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCorpus:
+    """A pack that is open for reading.
+
+    Utterances and speakers are numbered; those of speaker `s` are `speaker_start[s]` up to `speaker_start[s + 1]`,
+    so a draw by speaker takes two look-ups. A speed-perturbed copy of a speaker is another speaker of the same person:
+    `base_of_speaker` numbers the persons, who come one after the other, the true speed first. Pickling sends the path
+    alone; opening reads no samples.
+    """
+
+    path: Path
+    sample_rate: int
+    speakers: tuple[str, ...]
+    genders: tuple[str | None, ...]
+    samples: Int16[np.ndarray, " total"] = field(repr=False)
+    offset: Int64[np.ndarray, " utterances"] = field(repr=False)
+    length: Int64[np.ndarray, " utterances"] = field(repr=False)
+    speaker: Int64[np.ndarray, " utterances"] = field(repr=False)
+    speaker_start: Int64[np.ndarray, " speakers_and_end"] = field(repr=False)
+    base_of_speaker: Int64[np.ndarray, " speakers"] = field(repr=False)
+    header: Row = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PackedCorpus":
+        """Open the pack in the folder `path`; raise `CorpusError` when it is none, or not whole."""
+        path = Path(path)
+        header = read_header(path)
+        try:
+            offset, length, speaker = np.load(path / INDEX, mmap_mode="r", allow_pickle=False)
+            size = (path / SAMPLES).stat().st_size
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{path}: the pack is damaged ({error}); copy or pack it again") from error
+        total = header["samples"]
+        if size != 2 * total or len(offset) != header["utterances"]:
+            raise CorpusError(f"{path / SAMPLES}: has {size} bytes instead of {2 * total}; copy or pack it again")
+        samples = np.memmap(path / SAMPLES, dtype="<i2", mode="r", shape=(total,))
+        names, genders, bases = zip(*header["speakers"], strict=True)
+        return cls(
+            path=path,
+            sample_rate=header["sample_rate"],
+            speakers=names,
+            genders=genders,
+            samples=np.asarray(samples),
+            offset=np.asarray(offset),
+            length=np.asarray(length),
+            speaker=np.asarray(speaker),
+            speaker_start=np.searchsorted(speaker, np.arange(len(names) + 1)).astype(np.int64),
+            base_of_speaker=np.array(bases, dtype=np.int64),
+            header=header,
+        )
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedCorpus.open, (self.path,)
+
+    @property
+    def seconds(self) -> float:
+        """The duration of all utterances."""
+        return len(self.samples) / self.sample_rate
+
+    @functools.cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The names `speaker/utterance`, read from the rows when first asked for."""
+        return tuple(row["id"] for row in self.rows() if "fault" not in row)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield what is known of each recording: `id`, `speaker`, `source`, its rate, or the `fault` it has."""
+        with (self.path / ROWS).open(encoding="utf-8") as stream:
+            yield from map(json.loads, stream)
+
+    def utterances_of(self, speaker: SupportsIndex) -> range:
+        """Return the numbers of the utterances of a speaker."""
+        return range(int(self.speaker_start[speaker]), int(self.speaker_start[speaker.__index__() + 1]))
+
+    def crop(
+        self, utterance: SupportsIndex, start: SupportsIndex, length: SupportsIndex
+    ) -> Float32[np.ndarray, " {length}"]:
+        """Return `length` samples from `start` on as float32, a new array; raise `ValueError` beyond the ends."""
+        first, count = start.__index__(), length.__index__()
+        if first < 0 or count < 0 or first + count > self.length[utterance]:
+            raise ValueError(
+                f"samples {first} to {first + count} of utterance {utterance}, which has {self.length[utterance]}"
+            )
+        begin = int(self.offset[utterance]) + first
+        crop: Float32[np.ndarray, " samples"] = self.samples[begin : begin + count].astype(np.float32)
+        crop *= np.float32(2**-15)
+        return crop
+
+    def read(self, utterance: SupportsIndex) -> Float32[np.ndarray, " samples"]:
+        """Return a whole utterance as float32."""
+        return self.crop(utterance, 0, int(self.length[utterance]))
+
+    def summary(self) -> str:
+        """Return in one line what is in the pack, what was left out and which rates were converted."""
+        rates, persons = self.header["source_rates"], int(self.base_of_speaker[-1]) + 1
+        more = len(self.speakers) - persons
+        copies = f" and {more} speed-perturbed copies of them" if more else ""
+        converted = sum(count for rate, count in rates.items() if int(rate) != self.sample_rate)
+        return (
+            f"{self.path}: {persons} speakers{copies}, {len(self)} utterances, {self.seconds / 3600:.2f} h "
+            f"at {self.sample_rate} Hz ({converted} converted from other rates); {self.header['left_out']} left out"
+        )
+
+    def verify(self) -> None:
+        """Read everything and compare the checksums; raise `CorpusError` naming what is damaged first."""
+        for name in (SAMPLES, INDEX):
+            if sha256_of(self.path / name) != self.header["sha256"][name]:
+                raise CorpusError(f"{self.path / name}: is damaged ({self._first_damaged()}); copy or pack it again")
+
+    def _first_damaged(self) -> str:
+        """Return the id of the first utterance whose samples are not those that were packed."""
+        begin = 0
+        for row in self.rows():
+            if "fault" not in row:
+                data = self.samples[begin : begin + row["samples"]].tobytes()
+                if zlib.crc32(data) != row["crc32"]:
+                    return f"first in {row['id']}"
+                begin += row["samples"]
+        return "no utterance is"
+
+
+def is_pack(path: Path) -> bool:
+    """Say whether a folder is a whole pack."""
+    return (path / HEADER).is_file() and (path / SAMPLES).is_file()
+
+
+def read_header(path: Path) -> Row:
+    """Return what `pack.json` says; raise `CorpusError` when there is none, or of an unknown format."""
+    file = path / HEADER
+    try:
+        header: Row = json.loads(file.read_text(encoding="utf-8"))
+        known, complete = header["format"] == FORMAT, "sha256" in header
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{path}: is not a packed corpus; make one by `onevoice corpus pack`") from error
+    if not known:
+        raise CorpusError(f"{file}: has the format {header['format']!r}, not {FORMAT}; pack the corpus again")
+    if not complete:
+        raise CorpusError(f"{path}: packing has not come to its end; start it again to go on")
+    return header
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""A trial of the weights on the sample recordings of the package (`samples/README.md` says how they were made)."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from onevoice.audio import read_audio, write_audio
+from onevoice.evaluation.metrics import si_sdr, si_sdr_improvement
+from onevoice.extraction import pretrained
+from onevoice.extraction.extractor import Extractor, extract_file
+
+SAMPLES = Path(pretrained.__file__).parent / "samples"
+"""`mixture.flac`, `enrollment.flac` of the wanted voice, and `target.flac`, that voice alone in the mixture."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What an extraction from the samples came to."""
+
+    folder: Path
+    """Holds mixture.wav, enrollment.wav, voice.wav and residual.wav."""
+    si_sdr_db: float
+    """Of the voice."""
+    si_sdr_improvement_db: float
+    """Over the mixture."""
+    real_time_factor: float
+    """Seconds of work, reading and writing included, per second of mixture."""
+
+    def text(self) -> str:
+        """Return what the command prints."""
+        return (
+            f"mixture  {self.folder / 'mixture.wav'}\n"
+            f"voice    {self.folder / 'voice.wav'} (what is left: {self.folder / 'residual.wav'})\n"
+            f"SI-SDR   {self.si_sdr_db:.2f} dB, {self.si_sdr_improvement_db:+.2f} dB over the mixture (SI-SDRi)\n"
+            f"speed    {self.real_time_factor:.2f} s per second of sound"
+        )
+
+
+def run(extractor: Extractor, folder: Path) -> Demo:
+    """Extract the enrolled voice of the samples into `folder` and measure it; raises `StorageError`."""
+    for name in ("mixture", "enrollment"):
+        write_audio(folder / f"{name}.wav", *read_audio(SAMPLES / f"{name}.flac"))
+    voice = folder / "voice.wav"
+    begin = time.perf_counter()
+    extract_file(extractor, folder / "mixture.wav", folder / "enrollment.wav", voice, folder / "residual.wav")
+    seconds = time.perf_counter() - begin
+    (estimate, rate), (mixture, _), (target, _) = map(
+        read_audio, (voice, folder / "mixture.wav", SAMPLES / "target.flac")
+    )
+    return Demo(
+        folder,
+        si_sdr(estimate, target),
+        si_sdr_improvement(estimate, mixture, target),
+        seconds * rate / len(mixture),
+    )

@@ -1,0 +1,230 @@
+"""Judging a checkpoint on trials: one row of metrics per trial, and what they come to.
+
+The network runs in batches in this process, the metrics in a pool of processes (PESQ and STOI do not run in
+threads). Estimates are scored as the network gives them, at its rate, never rescaled; batch size, number of
+processes and padding change nothing but rounding. A metric that refuses a trial (PESQ does so for a silent
+estimate) is counted. Trials whose target is silent are judged by attenuation alone.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as section
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from onevoice.config import STRICT
+from onevoice.errors import ConfigError, MissingDependencyError
+from onevoice.evaluation.metrics import (
+    FAILURE_DB,
+    MetricName,
+    Summary,
+    failure_rate,
+    summarize,
+)
+from onevoice.evaluation.scoring import Estimated, TrialScore, score
+from onevoice.extraction.extractor import Extractor
+from onevoice.files import atomic_write
+from onevoice.models import ModelConfig
+from onevoice.processes import ordered_map
+from onevoice.trials import FolderProtocol, ProtocolConfig, open_protocol
+from onevoice.trials.trials import EpochSampler, TrialDataset, collate, read_batches
+
+METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
+Count = Annotated[int, Field(gt=0)]
+
+
+@section(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """What `eval.py --c FILE` reads; every key has an option of the command that goes before it."""
+
+    data_dir: str | None = None
+    """Folder of trials, in either layout of `onevoice.trials.trials`."""
+    data: ProtocolConfig | None = None
+    """The trials of a protocol (`onevoice.trials`), in place of `data_dir`."""
+    batch_size: Count = 1
+    jobs: Annotated[int, Field(ge=0)] = 0
+    """Processes for the metrics; 0 for one per core."""
+    limit: Count | None = None
+    """Use only the first trials: of a folder by name, of a protocol in its order."""
+    metrics: tuple[MetricName, ...] = METRIC_NAMES
+    device: str = "auto"
+    """Where the network runs: cpu, cuda, …; auto takes the best there is."""
+    model: ModelConfig | None = None
+    """Needed only for checkpoints that do not say which model they are (`.pth`)."""
+
+    @property
+    def protocol(self) -> ProtocolConfig:
+        """Where the trials come from, in one form; raises `ConfigError` unless it is one place."""
+        if (self.data_dir is None) == (self.data is None):
+            raise ConfigError("data_dir, data: set one of them; trials come from a folder or from a protocol")
+        return self.data or FolderProtocol(str(self.data_dir))
+
+
+@dataclass(frozen=True)
+class Report:
+    """All trials of one evaluation."""
+
+    trials: list[TrialScore]
+    summaries: dict[MetricName, Summary]
+    failure_rate: float | None
+    """Share of the trials with a target whose SI-SDRi is below 1 dB."""
+    left_out: Sequence[str] = ()
+    """One line for each trial of the protocol that is missing or wrong and could not be scored."""
+    notes: Sequence[str] = ()
+    """What is odd about the data set."""
+
+    @property
+    def present(self) -> list[TrialScore]:
+        """The trials in which the target speaks."""
+        return [trial for trial in self.trials if trial.attenuation_db is None]
+
+    @property
+    def absent(self) -> list[TrialScore]:
+        """The trials in which it does not."""
+        return [trial for trial in self.trials if trial.attenuation_db is not None]
+
+    def refusals(self) -> dict[str, int]:
+        """Count the refusals by metric and reason."""
+        return dict(Counter(f"{name}: {why}" for trial in self.trials for name, why in trial.refusals.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the rows as plain JSON values."""
+        return {
+            "trials": len(self.trials),
+            "target_present": len(self.present),
+            "target_absent": len(self.absent),
+            "failure_rate": self.failure_rate,
+            "failure_threshold_db": FAILURE_DB,
+            "attenuation_db": asdict(summarize([t.attenuation_db for t in self.absent])) if self.absent else None,
+            "refusals": self.refusals(),
+            "left_out": list(self.left_out),
+            "notes": list(self.notes),
+            "metrics": {name: asdict(summary) for name, summary in self.summaries.items()},
+        }
+
+    def to_csv(self) -> str:
+        """Return one row per trial."""
+        text = io.StringIO()
+        names = list(self.summaries)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["trial", "seconds", *names, "attenuation_db", "refused"])
+        for trial in self.trials:
+            cells = [trial.values.get(name) for name in names]
+            refused = "; ".join(f"{name}: {why}" for name, why in trial.refusals.items())
+            writer.writerow([trial.name, f"{trial.seconds:.3f}", *cells, trial.attenuation_db, refused])
+        return text.getvalue()
+
+
+def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool = True) -> Report:
+    """Score the trials of `config.data_dir` in order of their names, or those of `config.data` in theirs.
+
+    Raises `CorpusError` or `AudioError` for unusable trials, `MissingDependencyError` without the extra `eval`.
+    """
+    opened = open_protocol(config.protocol, config.limit)
+    trials = opened.trials
+    rate = extractor.sample_rate
+    jobs = min(config.jobs or os.cpu_count() or 1, len(trials))
+    estimates = _estimates(extractor, TrialDataset(trials, rate), config.batch_size)
+    make_score = functools.partial(functools.partial, score, sample_rate=rate, metrics=config.metrics)
+    with contextlib.closing(ordered_map(make_score, estimates, jobs)) as scores:
+        rows = list(tqdm(scores, total=len(trials), desc="eval", disable=None if progress else True))
+    present = [row for row in rows if row.attenuation_db is None]
+    return Report(
+        rows,
+        {name: summarize([row.values[name] for row in present]) for name in config.metrics},
+        failure_rate([row.values["si_sdr_improvement"] for row in present])
+        if "si_sdr_improvement" in config.metrics
+        else None,
+        opened.left_out,
+        opened.notes,
+    )
+
+
+def save_report(report: Report, path: Path, about: Mapping[str, Any]) -> Path:
+    """Write `about` and the summaries as JSON to `path`, the rows as CSV beside it; return the CSV's path."""
+    rows = path.with_suffix(".csv")
+    atomic_write(rows, report.to_csv().encode())
+    atomic_write(path, (json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False) + "\n").encode())
+    return rows
+
+
+def format_report(report: Report) -> str:
+    """Return the lines that `eval` prints: the means first, as the original system did."""
+    lines = []
+    titles: Mapping[str, str] = {
+        "si_sdr": "SI-SDR",
+        "pesq": "PESQ",
+        "si_sdr_improvement": "SI-SDRi",
+        "sdr": "SDR",
+        "stoi": "STOI",
+        "estoi": "ESTOI",
+    }
+    for name in [name for name in titles if name in report.summaries]:
+        s = report.summaries[name]
+        if s.mean is None or s.median is None or s.percentile_5 is None or s.interval_95 is None:
+            lines.append(f"{titles[name]:<8} no trial has a value")
+            continue
+        unit = " dB" if name in ("si_sdr", "si_sdr_improvement", "sdr") else ""
+        lines.append(
+            f"{titles[name]:<8} mean {s.mean:.3f}{unit}  (95 % interval {s.interval_95[0]:.3f} to "
+            f"{s.interval_95[1]:.3f}, median {s.median:.3f}, 5th percentile {s.percentile_5:.3f}, n = {s.count})"
+        )
+    if report.failure_rate is not None:
+        lines.append(f"failures {100 * report.failure_rate:.1f} % of trials below {FAILURE_DB:g} dB SI-SDRi")
+    if report.absent:
+        s = summarize([trial.attenuation_db for trial in report.absent])
+        lines.append(f"target absent: {s.count} trials, attenuation mean {s.mean:.2f} dB, median {s.median:.2f} dB")
+    lines.append(f"trials   {len(report.present)} with the target, {len(report.absent)} without")
+    if report.left_out:
+        lines.append(f"left out {len(report.left_out)} trials that are missing or wrong, first {report.left_out[0]}")
+    lines += [f"note     {note}" for note in report.notes]
+    lines += [f"refused  {count} × {reason}" for reason, count in report.refusals().items()]
+    return "\n".join(lines)
+
+
+def require_metrics(names: Sequence[MetricName]) -> None:
+    """Raise `MissingDependencyError` at once, not after an hour, when a metric's package is missing."""
+    packages = {"pesq": "pesq", "stoi": "pystoi", "estoi": "pystoi", "sdr": "fast_bss_eval"}
+    missing = sorted({packages[name] for name in names if name in packages and find_spec(packages[name]) is None})
+    if missing:
+        raise MissingDependencyError(
+            f'evaluation needs {", ".join(missing)}: pip install "onevoice[eval]" (pesq needs a C compiler), '
+            "or choose metrics without them (--metrics si_sdr si_sdr_improvement)"
+        )
+
+
+def require_rate(names: Sequence[MetricName], sample_rate: int) -> None:
+    """Raise `ConfigError` at once for PESQ of a network at a rate that it is not defined at."""
+    if "pesq" in names and sample_rate not in (8000, 16000):
+        raise ConfigError(
+            f"metrics: PESQ is defined at 8000 and 16000 Hz and the network works at {sample_rate} Hz; choose metrics "
+            "without it (--metrics si_sdr si_sdr_improvement stoi)"
+        )
+
+
+def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Iterator[Estimated]:
+    """Yield each trial in order."""
+    sampler = EpochSampler(len(data), batch_size, 0, 0, shuffle=False)
+    loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
+    for batch in read_batches(loader):
+        estimates = extractor.estimate(batch).numpy()
+        for row, name in enumerate(batch["name"]):
+            length = int(batch["audio_length"][row])
+            yield Estimated(
+                name,
+                estimates[row, :length].copy(),
+                batch["target"][row, :length].numpy(),
+                batch["audio"][row, :length].numpy(),
+            )

@@ -1,0 +1,138 @@
+"""Any protocol as a folder of plain trials, which every tool can read."""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from onevoice.audio import probe_audio, write_audio
+from onevoice.config import to_dict
+from onevoice.mixing.folder import SUFFIXES, Outcome, all_outcomes, close_folder, open_folder
+from onevoice.trials.config import (
+    FolderProtocol,
+    LibriMixMetadataProtocol,
+    LibriMixProtocol,
+    ProtocolConfig,
+    Wsj0Protocol,
+)
+from onevoice.trials.opening import TrialList, open_protocol
+from onevoice.trials.trials import Sound, Trial, load_trial
+
+RENDER_VERSION = 1
+
+
+@dataclass
+class RenderSummary:
+    """What a run wrote, and one line for each trial that the protocol had to leave out."""
+
+    trials: int
+    mixture_seconds: float
+    left_out: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        left_out = [f"{len(self.left_out)} left out, the first: {self.left_out[0]}"] if self.left_out else []
+        return "; ".join([f"{self.trials} trials ({self.mixture_seconds / 3600:.2f} h)", *left_out, *self.notes])
+
+
+def render_protocol(
+    config: ProtocolConfig,
+    out: str | Path,
+    *,
+    sample_rate: int | None = None,
+    limit: int | None = None,
+    workers: int = 1,
+) -> RenderSummary:
+    """Write the trials of a protocol as NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl to `out`.
+
+    Files are 16-bit WAV at `sample_rate` in Hz, by default that of the protocol (of a folder: of its first mixture),
+    where LibriMix keeps every bit of its files. Interrupted and started again, it goes on where it stood.
+
+    Raises what `open_protocol` does, `AudioError` for a file that cannot be decoded, `CorpusError` when `out` holds
+    another run, `StorageError` when it cannot be written.
+    """
+    out = Path(out)
+    opened = open_protocol(config, limit)
+    rate = sample_rate or _own_rate(opened)
+    roots = _roots(config)
+    settings = {
+        "render_version": RENDER_VERSION,
+        "corpus": to_dict(config),
+        "sample_rate": rate,
+        "trials": len(opened.trials),
+        "trials_digest": _digest(opened.trials, roots),
+    }
+    open_folder(out, settings)
+    make = functools.partial(ProtocolWriter, opened.trials, roots, out, rate)
+    summary = RenderSummary(0, 0.0, opened.left_out, opened.notes)
+    with contextlib.closing(all_outcomes(out, len(opened.trials), make, workers)) as outcomes:
+        for outcome in outcomes:
+            summary.trials += len(outcome.rows)
+            summary.mixture_seconds += sum(row["samples"] for row in outcome.rows) / rate
+    close_folder(out, settings, asdict(summary))
+    return summary
+
+
+class ProtocolWriter:
+    """What one process does: load trial `index`, write its three files, and say what is in them."""
+
+    def __init__(self, trials: Sequence[Trial], roots: Sequence[Path], folder: Path, sample_rate: int) -> None:
+        self.trials, self.roots, self.folder, self.sample_rate = trials, roots, folder, sample_rate
+
+    def __call__(self, index: int) -> Outcome:
+        """Write trial `index`."""
+        trial = self.trials[index]
+        mixture, target, enrollment = load_trial(trial, self.sample_rate)
+        for kind, samples in (("mixture", mixture), ("target", target), ("enrollment", enrollment)):
+            path = self.folder / f"{trial.name}{SUFFIXES[kind]}"
+            write_audio(path, samples, self.sample_rate, subtype="PCM_16", durable=False)
+        row = {
+            "name": trial.name,
+            "index": index,
+            "mixtures": 1,
+            "target_speaker": trial.speaker,
+            "mixture": _described(trial.mixture, self.roots),
+            "target": _described(trial.target, self.roots),
+            "enrollment": _described(trial.enrollment, self.roots),
+            "sample_rate": self.sample_rate,
+            "samples": len(mixture),
+            "enrollment_samples": len(enrollment),
+        }
+        return Outcome(index, [row])
+
+
+def _own_rate(opened: TrialList) -> int:
+    if opened.sample_rate is not None:
+        return opened.sample_rate
+    first = opened.trials[0].mixture
+    assert isinstance(first, Path), "only folders have no rate of their own, and they hold files"
+    return probe_audio(first, str(first))[1]
+
+
+def _roots(config: ProtocolConfig) -> tuple[Path, ...]:
+    """Return the folders that the trials' files lie in, relative to which they are named."""
+    if isinstance(config, FolderProtocol):
+        return (Path(config.folder),)
+    if isinstance(config, Wsj0Protocol):
+        return tuple(Path(folder) for folder in config.replace.values())
+    own = (Path(config.root),) if isinstance(config, LibriMixProtocol) else ()
+    assert isinstance(config, LibriMixProtocol | LibriMixMetadataProtocol)
+    return own if config.librispeech_dir is None else (*own, Path(config.librispeech_dir))
+
+
+def _described(sound: Sound, roots: Sequence[Path]) -> str:
+    if not isinstance(sound, Path):
+        return str(sound)
+    above = next((root for root in roots if sound.is_relative_to(root)), None)
+    return (sound if above is None else sound.relative_to(above)).as_posix()
+
+
+def _digest(trials: Sequence[Trial], roots: Sequence[Path]) -> str:
+    """Return a hash of the trials' names, speakers and sounds, wherever the data set lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for trial in trials:
+        sounds = [_described(sound, roots) for sound in (trial.mixture, trial.target, trial.enrollment)]
+        digest.update("\0".join([trial.name, trial.speaker, *sounds]).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""Extraction: rates, channels, levels and types of what goes in and comes out; the decided behaviours."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from voices import Voice
+
+import onevoice
+from onevoice.audio import read_audio, write_audio
+from onevoice.errors import AudioError
+from onevoice.extraction.checkpoint import Card, save_checkpoint
+from onevoice.extraction.extractor import Extractor, extract_file, fit_length, match_level
+from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
+
+CONFIG = SpExPlusConfig(
+    sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
+)
+
+
+class Straight(Network):
+    """A network whose estimate is the mixture, upside down and three times as loud."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.tensor(-3.0))
+
+    def classify(self, embedding: Embedding) -> torch.Tensor:
+        return embedding
+
+    def _embed(self, ref: Wave, ref_length: Lengths | None) -> torch.Tensor:
+        return ref[:, :5]
+
+    def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[torch.Tensor, ...]:
+        return (self.gain * audio,)
+
+
+@pytest.fixture
+def straight() -> Extractor:
+    return Extractor(Straight(CONFIG), Card(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def extractor() -> Extractor:
+    torch.manual_seed(0)
+    return Extractor(build_model(CONFIG), Card(CONFIG))
+
+
+def speech(number: int = 0, seconds: float = 1.0, rate: int = 8000) -> np.ndarray:
+    return Voice.number(number).say(0, seconds, rate)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 11025, 44100, 48000])
+def test_the_estimate_has_rate_level_polarity_and_length_of_the_mixture(straight: Extractor, rate: int) -> None:
+    time = np.arange(round(0.7 * rate) + 1) / rate
+    mixture = (0.3 * np.sin(2 * np.pi * 440 * time) * np.sin(np.pi * time / time[-1])).astype(np.float32)
+    estimate = straight.extract(mixture, rate, speech(1), 8000)
+    assert estimate.shape == mixture.shape
+    np.testing.assert_allclose(estimate, mixture, atol=2e-3)
+
+
+def test_channels_are_averaged(straight: Extractor) -> None:
+    left, right = speech(0), speech(1)
+    estimate = straight.extract(np.stack([left, right]), 8000, np.stack([left, left]), 8000)
+    mean = (left + right) / 2
+    np.testing.assert_allclose(estimate, mean - mean.mean(), atol=1e-3)
+
+
+def test_arrays_and_tensors_give_the_same_in_their_own_kind(extractor: Extractor) -> None:
+    mixture, enrollment = speech(0) + speech(1), speech(0, 2.0)
+    array = extractor.extract(mixture, 8000, enrollment, 8000)
+    double = extractor.extract(mixture.astype(np.float64), 8000, enrollment.astype(np.float64), 8000)
+    tensor = extractor.extract(torch.from_numpy(mixture).double(), 8000, torch.from_numpy(enrollment).double(), 8000)
+    assert (array.dtype, double.dtype, tensor.dtype) == (np.float32, np.float64, torch.float64)
+    np.testing.assert_array_equal(array, double.astype(np.float32))
+    np.testing.assert_array_equal(array, tensor.numpy().astype(np.float32))
+
+
+def test_the_enrollment_rate_is_the_mixtures_unless_given(extractor: Extractor) -> None:
+    mixture, enrollment = speech(0, 1.0, 16000) + speech(1, 1.0, 16000), speech(0, 2.0, 16000)
+    np.testing.assert_array_equal(
+        extractor.extract(mixture, 16000, enrollment), extractor.extract(mixture, 16000, enrollment, 16000)
+    )
+
+
+def test_enrollment_level_and_offset_do_not_matter(extractor: Extractor) -> None:
+    mixture, enrollment = speech(0) + speech(1), speech(0, 2.0)
+    quiet = extractor.extract(mixture, 8000, 0.001 * enrollment + np.float32(0.2), 8000)
+    loud = extractor.extract(mixture, 8000, enrollment, 8000)
+    np.testing.assert_allclose(quiet, loud, atol=1e-3 * np.abs(loud).max())
+
+
+def test_estimate_and_residual_are_orthogonal(extractor: Extractor) -> None:
+    mixture = speech(0) + speech(1)
+    estimate = extractor.extract(mixture, 8000, speech(0, 2.0), 8000).astype(np.float64)
+    assert estimate @ estimate > 0
+    assert abs(estimate @ (mixture - estimate)) < 1e-5 * (estimate @ estimate)
+
+
+def test_what_a_levelled_network_turns_down_stays_down() -> None:
+    model = Straight(NetworkConfig(sample_rate=8000))
+    mixture = speech(0)
+    for gain, own, expected in ((0.01, 0.02, 1.0), (0.8, 1.0, 1.0), (-0.01, 0.02, 1.0)):
+        with torch.no_grad():
+            model.gain.fill_(gain)
+        for levelled, factor in ((True, own), (False, expected)):
+            extractor = Extractor(model, Card(CONFIG, facts={"levelled": levelled}))
+            voice = extractor.extract(mixture, 8000, speech(0, 2.0), 8000)
+            np.testing.assert_allclose(voice, factor * (mixture - mixture.mean()), atol=1e-3)
+
+
+def test_match_level_leaves_the_least_residual() -> None:
+    rng = np.random.default_rng(0)
+    mixture, estimate = rng.standard_normal((2, 500)).astype(np.float32)
+    (gain,), *_ = np.linalg.lstsq(estimate[:, None].astype(float), mixture.astype(float), rcond=None)
+    np.testing.assert_allclose(match_level(estimate, mixture), gain * estimate, rtol=1e-5)
+
+
+def test_a_silent_estimate_stays_silent() -> None:
+    np.testing.assert_array_equal(match_level(np.zeros(9, np.float32), np.ones(9, np.float32)), np.zeros(9))
+
+
+def test_fit_length() -> None:
+    assert fit_length(np.ones(5, np.float32), 3).tolist() == [1, 1, 1]
+    assert fit_length(np.ones(2, np.float32), 4).tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("residual", [None, "rest.wav"])
+def test_files_add_up_to_the_mixture(extractor: Extractor, tmp_path: Path, residual: str | None) -> None:
+    rate = 22050
+    mixture = 0.9 * (speech(0, 1.0, rate) + speech(1, 1.0, rate))
+    write_audio(tmp_path / "mixture.flac", mixture, rate)
+    write_audio(tmp_path / "enrollment.ogg", speech(0, 2.0, 16000), 16000)
+    rest = None if residual is None else tmp_path / residual
+    extract_file(extractor, tmp_path / "mixture.flac", tmp_path / "enrollment.ogg", tmp_path / "out.wav", rest)
+    out, out_rate = read_audio(tmp_path / "out.wav")
+    assert out_rate == rate
+    if rest is not None:
+        written, _ = read_audio(tmp_path / "mixture.flac")
+        np.testing.assert_allclose(out + read_audio(rest)[0], written, atol=1e-7)
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == sorted(
+        ["out.wav", *([residual] if residual else [])]
+    )
+
+
+def test_a_loud_estimate_is_not_clipped(straight: Extractor, tmp_path: Path) -> None:
+    loud = speech(0) / np.abs(speech(0)).max() * 1.8
+    write_audio(tmp_path / "loud.wav", loud.astype(np.float32), 8000, subtype="FLOAT")
+    write_audio(tmp_path / "voice.wav", speech(0), 8000)
+    extract_file(straight, tmp_path / "loud.wav", tmp_path / "voice.wav", tmp_path / "out.wav")
+    assert np.abs(read_audio(tmp_path / "out.wav")[0]).max() == pytest.approx(1.8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "enrollment", "message"),
+    [
+        (np.zeros(8000, np.float32), speech(), "mixture: is silent"),
+        (speech(), np.full(8000, 0.3, np.float32), "enrollment: is silent"),
+        (speech(), speech(0, 0.2), r"enrollment: lasts 0\.20 s; an enrollment needs at least 0\.5 s"),
+        (np.full(8000, np.nan, np.float32), speech(), "mixture: holds NaN"),
+        (np.zeros(0, np.float32), speech(), "mixture: holds no samples"),
+        ((speech() * 32767).astype(np.int16), speech(), "integer samples"),
+        (speech().reshape(-1, 2), speech(), "transpose"),
+        (speech().reshape(2, 2, -1), speech(), r"\(channels, samples\)"),
+    ],
+)
+def test_unusable_sound(extractor: Extractor, mixture: np.ndarray, enrollment: np.ndarray, message: str) -> None:
+    with pytest.raises(AudioError, match=message):
+        extractor.extract(mixture, 8000, enrollment, 8000)
+
+
+def test_the_public_three_lines(tmp_path: Path) -> None:
+    model = build_model(CONFIG)
+    save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), Card(CONFIG))
+    extractor = onevoice.load(tmp_path / "model.safetensors")
+    voice = extractor.extract(speech(0) + speech(1), 8000, speech(0), 8000)
+    expected = Extractor(model, Card(CONFIG)).extract(speech(0) + speech(1), 8000, speech(0), 8000)
+    np.testing.assert_array_equal(voice, expected)

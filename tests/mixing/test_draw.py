@@ -1,0 +1,406 @@
+"""Mixtures drawn at every step: properties of the draws, and the sound against a plain NumPy rendering."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_runs import experiment
+from voices import Voice, make_corpus, make_trials
+
+from onevoice.audio import write_audio
+from onevoice.config import from_dict
+from onevoice.corpus.listing import list_corpus
+from onevoice.corpus.pack import PackedCorpus
+from onevoice.corpus.packing import pack_corpus
+from onevoice.errors import ConfigError, CorpusError
+from onevoice.extraction.checkpoint import load_checkpoint
+from onevoice.mixing import render as rendering
+from onevoice.mixing.draw import ChannelStep, Drawer, MixingStep, NoiseStep, Plan, ReverbStep, distinct_speakers
+from onevoice.mixing.render import Renderer, fetch, fetch_repeated, gather, mu_law
+from onevoice.rng import uniform
+from onevoice.training.run import Trainer, train
+
+RATE = 8000
+MIXING = MixingStep(segment_seconds=0.8, enrollment_seconds=(0.5, 2.0), min_utterance_seconds=0.3)
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackedCorpus]:
+    """Speech of five voices (one with a single utterance, one with utterances shorter than a segment), noise, rooms."""
+    root = tmp_path_factory.mktemp("packs")
+    make_corpus(root / "speech", speakers=3, utterances=3, seconds=1.5)
+    write_audio(root / "speech/single/only.flac", Voice.number(7).say(0, 2.5, RATE), RATE)
+    for number in range(3):
+        write_audio(root / f"speech/short/{number}.flac", Voice.number(8).say(number, 0.6, RATE), RATE)
+    rng = np.random.default_rng(0)
+    for name, seconds in (("hum", 0.3), ("rain", 2.0)):
+        noise = 0.1 * rng.standard_normal(round(seconds * RATE))
+        write_audio(root / f"noise/{name}/{name}.wav", noise.astype(np.float32), RATE)
+    for room in range(2):
+        for place in range(4):
+            response = np.zeros(1200, np.float32)
+            response[40 + 10 * place] = 0.9
+            tail = rng.standard_normal(1000) * np.exp(-np.arange(1000) / 200)
+            response[200:] += (0.1 * tail).astype(np.float32)
+            write_audio(root / f"rooms/room{room}/{place}.wav", response, RATE)
+    return {
+        name: pack_corpus(
+            list_corpus([root / name]), root / f"{name}.pack", sample_rate=RATE, keep_mean=name == "rooms"
+        )
+        for name in ("speech", "noise", "rooms")
+    }
+
+
+def drawer(packs: dict[str, PackedCorpus], *, seed: int = 0, **steps: Any) -> Drawer:
+    noise = (NoiseStep(pack="", snr_db=(3.0, 12.0)), packs["noise"]) if steps.pop("noise", False) else None
+    rooms = (ReverbStep(pack="", early_seconds=0.01), packs["rooms"]) if steps.pop("reverb", False) else None
+    channel = ChannelStep(probability=1.0, high_cut_hz=(2000, 3500)) if steps.pop("channel", False) else None
+    return Drawer(packs["speech"], replace(MIXING, **steps), noise, rooms, channel, seed)
+
+
+def flat(plan: Plan) -> dict[str, np.ndarray]:
+    """All arrays of a plan by name."""
+    found: dict[str, np.ndarray] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            found[name] = value
+        elif hasattr(value, "_asdict"):
+            for key, part in value._asdict().items():
+                visit(f"{name}.{key}", part)
+        elif isinstance(value, tuple):
+            for number, part in enumerate(value):
+                visit(f"{name}.{number}", part)
+
+    visit("plan", plan)
+    return found
+
+
+# The numbers
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**60))
+@settings(max_examples=30, deadline=None)
+def test_uniform_belongs_to_its_place(seed: int, index: int) -> None:
+    rows = np.array([index, index + 5, index + 1])  # three that differ
+    together = uniform(seed, "x", 1, index=rows, count=4)
+    alone = uniform(seed, "x", 1, index=rows[2:], count=2)
+    np.testing.assert_array_equal(together[2:, :2], alone)
+    assert ((together >= 0) & (together < 1)).all()
+    assert not np.array_equal(together, uniform(seed, "x", 2, index=rows, count=4))
+    assert len(np.unique(together)) == 12
+
+
+def test_uniform_is_uniform_and_uncorrelated() -> None:
+    numbers = uniform(5, "place", index=np.arange(40_000), count=3)
+    counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in numbers.T])
+    assert (((counts - 2000) ** 2 / 2000).sum(1) < 50).all()  # chi-square of 19 degrees, p = 1e-4
+    pairs = np.corrcoef(np.column_stack([numbers[:-1], numbers[1:]]).T) - np.eye(6)
+    assert np.abs(pairs).max() < 0.025  # five standard errors
+
+
+def test_speakers_are_distinct_persons_and_all_equally_likely() -> None:
+    base = np.array([0, 0, 0, 1, 2, 2, 3, 3, 3, 4])
+    chosen = distinct_speakers(uniform(0, "s", index=np.arange(30_000), count=3), base)
+    persons = base[chosen]
+    assert all(len(set(row)) == 3 for row in persons[:2000].tolist())
+    assert (persons[:, 0] != persons[:, 1]).all()
+    assert (persons[:, 1] != persons[:, 2]).all()
+    assert (persons[:, 0] != persons[:, 2]).all()
+    first = np.bincount(chosen[:, 0], minlength=10)
+    assert np.abs(first - 3000).max() < 5 * np.sqrt(3000)
+    given_first = chosen[chosen[:, 0] == 4, 1]  # given the first, the second is uniform over other persons' speakers
+    others = np.bincount(given_first, minlength=10)
+    assert others[base == 2].sum() == 0
+    assert np.abs(others[base != 2] - len(given_first) / 8).max() < 5 * np.sqrt(len(given_first) / 8)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_a_trial_does_not_depend_on_its_batch(packs: dict[str, PackedCorpus], epoch: int, index: list[int]) -> None:
+    draw = drawer(packs, noise=True, reverb=True, channel=True, absent=0.3, alone=0.3)
+    together, alone = flat(draw.draw(epoch, np.array(index))), flat(draw.draw(epoch, np.array(index[-1:])))
+    for name, values in together.items():
+        np.testing.assert_array_equal(values[-1:], alone[name], err_msg=name)
+
+
+@pytest.mark.parametrize("step", ["noise", "reverb", "channel"])
+def test_adding_a_step_leaves_the_other_draws_as_they_were(packs: dict[str, PackedCorpus], step: str) -> None:
+    index = np.arange(50)
+    without, with_step = (flat(drawer(packs, **{step: on}).draw(0, index)) for on in (False, True))
+    assert len(with_step) > len(without)
+    for name, values in without.items():
+        np.testing.assert_array_equal(values, with_step[name], err_msg=name)
+
+
+def test_changing_a_range_moves_that_draw_alone(packs: dict[str, PackedCorpus]) -> None:
+    index = np.arange(50)
+    before, after = (flat(drawer(packs, snr_db=bounds).draw(0, index)) for bounds in ((-5.0, 5.0), (0.0, 1.0)))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"plan.snr_db"}
+
+
+def test_targets_and_enrollments_never_share_a_sample(packs: dict[str, PackedCorpus]) -> None:
+    speech = packs["speech"]
+    plan = drawer(packs).draw(0, np.arange(3000))
+    target, ref = plan.target, plan.enrollment
+    np.testing.assert_array_equal(speech.speaker[target.utterance], speech.speaker[ref.utterance])
+    np.testing.assert_array_equal(speech.speaker[target.utterance], plan.speaker)
+    same = target.utterance == ref.utterance
+    single = np.isin(target.utterance, [speech.utterances_of(speech.speakers.index("single")).start])
+    np.testing.assert_array_equal(same, single)
+    assert single.any()
+    disjoint = (target.start + target.length <= ref.start) | (ref.start + ref.length <= target.start)
+    assert disjoint[same].all()
+    for part in (target, ref, *plan.interferers):
+        assert (part.start >= 0).all()
+        assert (part.start + part.length <= speech.length[part.utterance]).all()
+        assert (part.length > 0).all()
+    for part in (target, *plan.interferers):
+        assert (part.place + part.length <= round(0.8 * RATE)).all()
+    assert (speech.speaker[plan.interferers[0].utterance] != plan.speaker).all()
+
+
+def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> None:
+    speech = packs["speech"]
+    plan = drawer(packs, absent=0.2, alone=0.3, interferers=(1, 2)).draw(0, np.arange(4000))
+    assert plan.absent.mean() == pytest.approx(0.2, abs=0.03)
+    assert (~plan.interferer_on[:, 0]).mean() == pytest.approx(0.3, abs=0.03)
+    assert plan.interferer_on[:, 1].mean() == pytest.approx(0.35, abs=0.03)
+    speakers = [speech.speaker[part.utterance] for part in (plan.target, *plan.interferers)]
+    enrolled = speech.speaker[plan.enrollment.utterance]
+    np.testing.assert_array_equal(enrolled, plan.speaker)
+    assert all((enrolled != other)[plan.absent].all() for other in speakers)
+    assert (enrolled == speakers[0])[~plan.absent].all()
+
+
+def test_too_few_people(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
+    make_corpus(tmp_path / "two", speakers=2, utterances=2, seconds=1.0)
+    two = pack_corpus(list_corpus([tmp_path / "two"]), tmp_path / "pack", sample_rate=RATE)
+    Drawer(two, MIXING)
+    with pytest.raises(CorpusError, match=r"holds 2 people with utterances of 0\.3 s or more; such mixtures need 3"):
+        Drawer(two, replace(MIXING, absent=0.1))
+
+
+def test_short_utterances_are_not_used(packs: dict[str, PackedCorpus]) -> None:
+    """The voice with 0.6 s goes at a least of 1 s, the single utterance of 2.5 s at 1.3 s, as its half is less."""
+    speech = packs["speech"]
+    for least, gone in ((0.3, set()), (1.0, {"short"}), (1.3, {"short", "single"})):
+        plan = drawer(packs, min_utterance_seconds=least, absent=0.2).draw(0, np.arange(2000))
+        used = {
+            speech.speakers[speech.speaker[u]]
+            for u in np.concatenate([plan.target.utterance, plan.enrollment.utterance])
+        }
+        assert used == set(speech.speakers) - gone
+        for part in (plan.target, plan.enrollment, *plan.interferers):
+            assert speech.length[part.utterance].min() >= least * RATE
+
+
+def test_voices_of_a_room_have_places_of_their_own_and_the_enrollment_another_room(
+    packs: dict[str, PackedCorpus],
+) -> None:
+    rooms = packs["rooms"]
+    responses = drawer(packs, reverb=True, interferers=(1, 2)).draw(0, np.arange(2000)).rooms.responses
+    voices, enrolled = responses[:, :3], responses[:, 3]
+    assert all(len(set(row)) == 3 for row in voices.tolist())
+    assert (rooms.speaker[voices] == rooms.speaker[voices[:, :1]]).all()
+    assert (rooms.speaker[enrolled] != rooms.speaker[voices[:, 0]]).all()
+    assert np.bincount(voices[:, 1], minlength=8).min() > 150  # 250 each, were they all the same
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"enrollment_seconds": [-1, -0.5]}, "enrollment_seconds.0: input should be greater than or equal to 0.1"),
+        ({"enrollment_seconds": [5.0, 2.0]}, "enrollment_seconds: the lowest value 5 is above the highest 2"),
+        ({"segment_seconds": 0.00001}, "segment_seconds: "),
+        ({"interferers": [2, 1]}, "interferers: the lowest value 2 is above the highest 1"),
+        ({"absent": 0.8, "alone": 0.8}, r"absent \+ alone must not pass 1"),
+        ({"snr_db": [1e9, 1e9]}, "snr_db.0: "),
+    ],
+)
+def test_ranges_are_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(MixingStep, change)
+
+
+# The sound
+
+
+def plain(plan: Plan, row: int, speech: PackedCorpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The law of mixing and levels in float64, one trial at a time."""
+
+    def stretch(part: Any, size: int) -> np.ndarray:
+        out = np.zeros(size)
+        at, length = part.place[row], part.length[row]
+        out[at : at + length] = speech.crop(part.utterance[row], part.start[row], length)
+        return out
+
+    size = round(0.8 * RATE)
+    target = stretch(plan.target, size)
+    mixture = target.copy()
+    for number, part in enumerate(plan.interferers):
+        if plan.interferer_on[row, number]:
+            other = stretch(part, size)
+            ratio = np.sum(target**2) / np.sum(other**2)
+            mixture += other * np.sqrt(ratio / 10 ** (plan.snr_db[row, number] / 10))
+    gain = 10 ** (plan.mixture_dbfs[row] / 20) / np.sqrt(np.mean(mixture**2))
+    gain = min(gain, 0.9 / np.abs(mixture).max(), 0.9 / np.abs(target).max())
+    ref = speech.crop(plan.enrollment.utterance[row], plan.enrollment.start[row], plan.enrollment.length[row]).astype(
+        float
+    )
+    ref *= min(10 ** (plan.enrollment_dbfs[row] / 20) / np.sqrt(np.mean(ref**2)), 0.9 / np.abs(ref).max())
+    return gain * mixture, gain * target * (not plan.absent[row]), ref
+
+
+@pytest.mark.parametrize("indexing", [False, True], ids=["slices", "gather"])
+def test_the_batch_equals_a_plain_rendering(
+    packs: dict[str, PackedCorpus], indexing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if indexing:  # the way of a GPU, on CPU tensors
+        monkeypatch.setattr(
+            rendering,
+            "fetch",
+            lambda s, offset, length, place, size: gather(s, offset - place, place, place + length, size),
+        )
+    draw = drawer(packs, interferers=(1, 2), absent=0.2, alone=0.2)
+    plan = draw.draw(3, np.arange(40))
+    sound = Renderer(draw)(plan)
+    for row in range(40):
+        mixture, target, ref = plain(plan, row, packs["speech"])
+        np.testing.assert_allclose(sound.audio[row].numpy(), mixture, atol=1e-5)
+        np.testing.assert_allclose(sound.target[row].numpy(), target, atol=1e-5)
+        length = int(sound.ref_length[row])
+        np.testing.assert_allclose(sound.ref[row, :length].numpy(), ref, atol=1e-5)
+        assert sound.ref[row, length:].abs().sum() == 0
+    np.testing.assert_array_equal(sound.speaker.numpy(), plan.speaker)
+
+
+def test_measured_snr_and_levels_are_those_asked(packs: dict[str, PackedCorpus]) -> None:
+    draw = drawer(packs)
+    plan = draw.draw(0, np.arange(60))
+    sound = Renderer(draw)(plan)
+    rest = (sound.audio - sound.target).double()
+    measured = 10 * torch.log10(sound.target.double().square().sum(1) / rest.square().sum(1))
+    np.testing.assert_allclose(measured.numpy(), plan.snr_db[:, 0], atol=1e-3)
+    assert np.ptp(plan.snr_db) > 7
+    level = 10 * torch.log10(sound.audio.double().square().mean(1)).numpy()
+    limited = sound.audio.abs().amax(1).numpy() > 0.899
+    np.testing.assert_allclose(level[~limited], plan.mixture_dbfs[~limited], atol=1e-3)
+    assert (level <= plan.mixture_dbfs + 1e-3).all()
+
+
+def test_noise_stands_below_the_voices_as_asked(packs: dict[str, PackedCorpus]) -> None:
+    quiet, noisy = drawer(packs), drawer(packs, noise=True)
+    plan = noisy.draw(0, np.arange(30))
+    voices, sound = Renderer(quiet)(plan._replace(noise=None)), Renderer(noisy)(plan)
+    scale = (sound.target.square().sum(1) / voices.target.square().sum(1)).sqrt()[:, None]
+    noise = (sound.audio - scale * voices.audio).double()
+    measured = 10 * torch.log10((scale * voices.audio).double().square().sum(1) / noise.square().sum(1))
+    np.testing.assert_allclose(measured.numpy(), plan.noise.snr_db, atol=0.01)
+
+
+def test_short_noises_are_repeated() -> None:
+    samples = torch.tensor([9, 1, 2, 3, 9], dtype=torch.int16)
+    out = fetch_repeated(samples, np.array([1]), np.array([3]), np.array([2]), 7) * 32768
+    assert out.tolist() == [[3, 1, 2, 3, 1, 2, 3]]
+
+
+def test_fetching_by_slices_and_by_indices_is_the_same() -> None:
+    rng = np.random.default_rng(1)
+    samples = torch.from_numpy(rng.integers(-32768, 32767, 500).astype(np.int16))
+    offset, length, place = rng.integers(0, 300, 20), rng.integers(1, 50, 20), rng.integers(0, 30, 20)
+    expected = fetch(samples, offset, length, place, 90)
+    torch.testing.assert_close(gather(samples, offset - place, place, place + length, 90), expected, rtol=0, atol=0)
+
+
+def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus]) -> None:
+    """Against np.convolve: direct sound first, target with the first 10 ms only, mixture with the whole response."""
+    dry_drawer, draw = drawer(packs), drawer(packs, reverb=True, alone=1.0)
+    plan = draw.draw(0, np.arange(12))
+    sound = Renderer(draw)(plan)
+    rooms, speech = packs["rooms"], packs["speech"]
+    for row in range(12):
+        dry = np.zeros(dry_drawer.segment)
+        part = plan.target
+        dry[part.place[row] : part.place[row] + part.length[row]] = speech.crop(
+            part.utterance[row], part.start[row], part.length[row]
+        )
+        response = rooms.read(plan.rooms.responses[row, 0]).astype(float)
+        response = response[np.abs(response).argmax() :]
+        early = response[: round(0.01 * RATE)]
+        whole, wanted = np.convolve(dry, response)[: len(dry)], np.convolve(dry, early)[: len(dry)]
+        scale = float(sound.audio[row].double() @ torch.from_numpy(whole)) / (whole @ whole)
+        np.testing.assert_allclose(sound.audio[row].numpy(), scale * whole, atol=1e-4)
+        np.testing.assert_allclose(sound.target[row].numpy(), scale * wanted, atol=1e-4)
+
+
+def test_the_channel_cuts_where_it_says(packs: dict[str, PackedCorpus]) -> None:
+    draw = drawer(packs, channel=True)
+    renderer, plan = Renderer(draw), draw.draw(0, np.arange(4))
+    time = torch.arange(RATE) / RATE
+    flat_channel = plan.channel._replace(
+        on=np.array([True, True, True, False]), low_cut_hz=np.full(4, 200.0), high_cut_hz=np.full(4, 2500.0),
+        tilt_db_per_octave=np.array([0.0, 3.0, -3.0, 3.0]),
+    )  # fmt: skip
+    beyond = -10 * np.log10(1 + 1.4**8)  # of a Butterworth filter of 4th order, at 1.4 times its cut
+    for hz, cut in ((200, -3.01), (1000, 0.0), (2500, -3.01), (3500, beyond), (200 / 1.4, beyond)):
+        tone = torch.sin(2 * torch.pi * hz * time).expand(4, -1)
+        out = renderer._through_channel(tone, flat_channel)[:, 2000:6000]
+        measured = 10 * np.log10(out.square().mean(1).numpy() / 0.5)
+        expected = [cut, cut + 3 * np.log2(hz / 1000), cut - 3 * np.log2(hz / 1000), 0.0]
+        np.testing.assert_allclose(measured, expected, atol=0.15)
+
+
+def test_mu_law_is_eight_bits_of_a_known_curve() -> None:
+    samples = torch.linspace(-0.5, 0.5, 2001)[None]
+    coded = mu_law(samples)
+    assert len(torch.unique(coded)) <= 256
+    signal_to_noise = 10 * torch.log10(samples.square().sum() / (coded - samples).square().sum())
+    assert 35 < signal_to_noise < 42  # G.711 gives about 38 dB
+
+
+# In training
+
+
+def dynamic_settings(packs: dict[str, PackedCorpus], **changes: Any) -> dict[str, Any]:
+    mixing = {
+        "segment_seconds": 0.5,
+        "enrollment_seconds": [0.5, 1.0],
+        "min_utterance_seconds": 0.3,
+        "absent": 0.1,
+        "alone": 0.1,
+    }
+    return {"kind": "dynamic", "pack": str(packs["speech"].path), "examples_per_epoch": 12, "mixing": mixing,
+            "noise": {"pack": str(packs["noise"].path)}, **changes}  # fmt: skip
+
+
+def test_workers_device_and_resuming_do_not_change_the_weights(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
+    trials = make_trials(tmp_path / "trials", 2)
+    states = []
+    for name, workers, on_device in (("plain", 0, False), ("workers", 2, False), ("device", 0, True)):
+        config = experiment(
+            trials, tmp_path, name=name, data__train=dynamic_settings(packs, on_device=on_device), data__workers=workers
+        )
+        states.append(load_checkpoint(train(config, echo=lambda line: None) / "last.safetensors")[0])
+    config = experiment(trials, tmp_path, name="pieces", data__train=dynamic_settings(packs))
+    folder = train(config, minutes=0.0, echo=lambda line: None)
+    for _ in range(10):  # a step at a time, and nothing more once it is done
+        train(config, resume=folder / "last.safetensors", minutes=0.0, echo=lambda line: None)
+    states.append(load_checkpoint(folder / "last.safetensors")[0])
+    for other in states[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in states[0].items())
+
+
+def test_a_pack_of_another_rate_is_refused(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
+    trials = make_trials(tmp_path / "trials", 2)
+    config = experiment(trials, tmp_path, data__train=dynamic_settings(packs), model__sample_rate=16000)
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.pack: .* is packed at 8000 Hz and the model works at 16000 Hz"
+    ):
+        Trainer(config)

@@ -1,0 +1,300 @@
+"""Training: it learns, it can be killed at any moment and resumed bit for bit, and it survives bad steps."""
+
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_runs import equal, experiment, quiet, rows_without_time, settings, start, weights
+from voices import make_trials
+
+from onevoice.audio import write_audio
+from onevoice.config import from_dict
+from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from onevoice.extraction.checkpoint import load_checkpoint, load_pickled
+from onevoice.training.experiment import Experiment
+from onevoice.training.run import Trainer, train
+from onevoice.training.tracking import read_rows
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_trials(tmp_path_factory.mktemp("trials"), 24)
+
+
+def test_a_run_leaves_what_the_docs_promise(trials: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    folder = train(experiment(trials, tmp_path), echo=lines.append)
+    assert {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "last.resume.pt", "samples"} <= {
+        path.name for path in folder.iterdir()
+    }
+    config = from_dict(Experiment, json.loads((folder / "config.json").read_text()))
+    assert config.model.num_classes == 4  # counted from the data
+    _, card = load_checkpoint(folder / "best.safetensors")
+    assert card.config == config.model
+    assert card.speakers == ("spk000", "spk001", "spk002", "spk003")
+    assert card.facts["step"] in (6, 12)
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "validation/si_sdri_db" in row] == [6, 12]
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert max(rates) == pytest.approx(0.003, rel=0.05)
+    assert rates[-1] < 1e-4
+    assert len(list((folder / "samples").glob("*-estimate.wav"))) == 2
+
+
+def test_a_tiny_model_learns_toy_voices(tmp_path: Path) -> None:
+    """Mean SI-SDRi above 3 dB on new utterances of the training voices, from 0 dB for the mixture."""
+    make_trials(tmp_path / "train", 192, speakers=2, seconds=1.0)
+    make_trials(tmp_path / "validation", 12, speakers=2, seconds=1.0, seed=1)
+    values = settings(tmp_path / "train", tmp_path, data__validation__limit=None, training__epochs=8)
+    values["data"]["validation"]["folder"] = str(tmp_path / "validation")
+    values["data"]["train"]["segment_seconds"] = 1.0
+    values["training"]["save_every_steps"] = 1000
+    trainer = Trainer(from_dict(Experiment, values), echo=quiet)
+    assert trainer.validate()["si_sdri_db"] < 1  # untrained
+    trainer.run()
+    assert trainer.progress.best > 3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "more"),
+    [({"name": "onecycle"}, {}), ({"name": "wsd", "warmup_steps": 3, "decay_steps": 4}, {"ema": 0.9, "accumulate": 2})],
+)
+def test_killed_again_and_again_it_ends_with_the_same_bits(
+    trials: Path, tmp_path: Path, scheduler: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """SIGKILL at the 1st, 5th and 9th log line, wherever the process then is; compare with a run left alone."""
+    configs = {}
+    for name in ("whole", "killed"):
+        values = settings(trials, tmp_path, name=name, scheduler=scheduler, training__epochs=2)
+        values["training"] |= more
+        configs[name] = tmp_path / f"{name}.json"
+        configs[name].write_text(json.dumps(values))
+    whole = start(["--c", str(configs["whole"])])
+    log = tmp_path / "killed" / "metrics.jsonl"
+    kills = 0
+    for lines in (1, 5, 9):
+        resume = tmp_path / "killed" / "last.safetensors"
+        again = ["--r", str(resume)] if resume.exists() else []
+        if not again and log.parent.exists():
+            (log.parent / "last.resume.pt").unlink(missing_ok=True)  # killed between its first two writes
+        process = start(["--c", str(configs["killed"]), *again])
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 3
+    final = start(["--r", str(tmp_path / "killed" / "last.safetensors")])
+    output, _ = final.communicate()
+    assert final.returncode == 0, output
+    output, _ = whole.communicate()
+    assert whole.returncode == 0, output
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert equal(expected, got)
+    states = [load_pickled(tmp_path / name / "last.resume.pt") for name in ("whole", "killed")]
+    for part in ("progress", "scheduler"):
+        assert states[0][part] == states[1][part]
+    assert equal(states[0]["model"], states[1]["model"])
+    assert equal(states[0]["average"].get("model", {}), states[1]["average"].get("model", {}))
+    logs = [rows_without_time(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_workers_and_saving_change_nothing(trials: Path, tmp_path: Path) -> None:
+    plain = train(experiment(trials, tmp_path, name="plain"), echo=quiet)
+    other = experiment(trials, tmp_path, name="other", data__workers=2, training__save_every_steps=5)
+    expected, got = weights(plain), weights(train(other, echo=quiet))
+    assert equal(expected, got)
+
+
+def test_time_is_up_and_resumed(trials: Path, tmp_path: Path) -> None:
+    whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
+    lines: list[str] = []
+    folder = train(experiment(trials, tmp_path, name="pieces"), minutes=0.0, echo=lines.append)
+    assert lines == [f"time is up at step 1; resume with --r {folder}/last.safetensors"]
+    for _ in range(30):
+        train(experiment(trials, tmp_path, name="pieces"), resume=folder / "last.safetensors", minutes=0.0)
+    expected, got = weights(whole), weights(folder)
+    assert equal(expected, got)
+
+
+def test_a_used_folder_is_refused(trials: Path, tmp_path: Path) -> None:
+    train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+    with pytest.raises(ConfigError, match=r"holds a run already; resume it with --r .*last\.safetensors"):
+        train(experiment(trials, tmp_path), echo=quiet)
+
+
+def test_load_takes_weights_alone(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+    lines: list[str] = []
+    trainer = Trainer(experiment(trials, tmp_path, name="second"), echo=lines.append)
+    trainer.load(folder / "best.safetensors")
+    expected = load_checkpoint(folder / "best.safetensors")[0]
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.progress.step == 0
+
+
+def test_load_for_other_speakers_starts_the_classifier_afresh(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+    fewer = make_trials(tmp_path / "two", 4, speakers=2)
+    lines: list[str] = []
+    trainer = Trainer(experiment(fewer, tmp_path, name="second"), echo=lines.append)
+    fresh = trainer.model.state_dict()["classifier.weight"].clone()
+    trainer.load(folder / "best.safetensors")
+    assert torch.equal(trainer.model.state_dict()["classifier.weight"], fresh)
+    assert any("the classifier starts fresh" in line for line in lines)
+
+
+class ConfigParser:
+    """Stands for the class that the original system pickled into its checkpoints."""
+
+    def __init__(self) -> None:
+        self.config = {"n_gpu": 1}
+
+
+def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
+    trainer = Trainer(experiment(trials, tmp_path), echo=quiet)
+    state = {f"module.{name}": value + 1 for name, value in trainer.model.state_dict().items()}
+    original = {"arch": "SpExPlus", "epoch": 3, "state_dict": state, "monitor_best": 1.0, "config": ConfigParser()}
+    torch.save(original, tmp_path / "model_best.pth")
+    trainer.load(tmp_path / "model_best.pth")
+    assert all(torch.equal(value, state[f"module.{name}"]) for name, value in trainer.model.state_dict().items())
+
+
+def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+    last = folder / "last.safetensors"
+    with pytest.raises(CheckpointError, match=r"other settings \(model\)"):
+        train(experiment(trials, tmp_path, training__epochs=1, model__hidden=40), resume=last)
+    with pytest.raises(CheckpointError, match=r"other settings \(training\.epochs\)"):
+        train(experiment(trials, tmp_path, training__epochs=5), resume=last)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        train(experiment(trials, tmp_path), resume=tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data__batch_size", 2), ("training__steps_per_epoch", 3), ("training__precision", "bfloat16"), ("seed", 5)],
+)
+def test_resume_refuses_what_would_change_the_run(trials: Path, tmp_path: Path, key: str, value: Any) -> None:
+    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+    with pytest.raises(CheckpointError, match=rf"other settings \({key.replace('__', '.')}\)"):
+        train(experiment(trials, tmp_path, training__epochs=1, **{key: value}), resume=folder / "last.safetensors")
+
+
+def test_resume_knows_the_data_wherever_they_lie(trials: Path, tmp_path: Path) -> None:
+    first = experiment(trials, tmp_path, training__epochs=1)
+    folder = train(first, echo=quiet)
+    shutil.copytree(trials, tmp_path / "moved")
+    moved = experiment(tmp_path / "moved", tmp_path, training__epochs=1)
+    train(moved, resume=folder / "last.safetensors", echo=quiet)
+    for path in sorted((tmp_path / "moved").glob("*_000003-*")):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="the training data"):
+        train(moved, resume=folder / "last.safetensors", echo=quiet)
+
+
+def test_a_moved_run_goes_on_where_it_lies(trials: Path, tmp_path: Path) -> None:
+    folder = train(experiment(trials, tmp_path / "a"), minutes=0.0, echo=quiet)
+    (tmp_path / "b").mkdir()
+    folder.rename(tmp_path / "b" / "toy")
+    train(experiment(trials, tmp_path / "a"), resume=tmp_path / "b" / "toy" / "last.safetensors", echo=quiet)
+    assert load_checkpoint(tmp_path / "b" / "toy" / "last.safetensors")[1].facts["step"] == 12
+    assert not folder.exists()
+
+
+def test_resuming_a_run_that_stopped_early_changes_nothing(trials: Path, tmp_path: Path) -> None:
+    config = experiment(
+        trials, tmp_path, training__epochs=5, training__early_stop_epochs=1, optimizer={"learning_rate": 1e-12},
+        scheduler={"name": "constant"},
+    )  # fmt: skip
+    last = train(config, echo=quiet) / "last.safetensors"
+    before = last.read_bytes()
+    lines: list[str] = []
+    train(config, resume=last, echo=lines.append)
+    assert last.read_bytes() == before
+    assert lines[-1] == "no better validation for 1 epochs: stopped"
+
+
+def test_validation_scores_trials_whose_target_speaks(trials: Path, tmp_path: Path) -> None:
+    shutil.copytree(trials, tmp_path / "some")
+    names = sorted({path.name.rsplit("-", 1)[0] for path in (tmp_path / "some").iterdir()})
+    write_audio(tmp_path / "some" / f"{names[1]}-target.wav", np.zeros(8000, np.float32), 8000)
+    with_absent = Trainer(experiment(tmp_path / "some", tmp_path), echo=quiet).validate()
+    assert with_absent.pop("absent_suppression_db") < 30
+    for name in (names[1],):
+        for path in (tmp_path / "some").glob(f"{name}-*"):
+            path.unlink()
+    without = experiment(tmp_path / "some", tmp_path, data__validation__limit=2)
+    trainer = Trainer(without, echo=quiet)
+    assert with_absent == pytest.approx(trainer.validate(), abs=1e-4)
+    for path in (tmp_path / "some").glob("*-target.wav"):
+        write_audio(path, np.zeros(8000, np.float32), 8000)
+    with pytest.raises(CorpusError, match="the target speaks in none"):
+        trainer.validate()
+
+
+def test_nonfinite_steps_are_skipped_counted_and_in_the_end_fatal(trials: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    trainer = Trainer(experiment(trials, tmp_path, training__max_nonfinite_steps=2), echo=lines.append)
+    batch = next(iter(trainer.source.batches(0, 0, 1)))
+    trainer.step(batch)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    poisoned = {**batch, "audio": batch["audio"] * math.nan}
+    trainer.step(poisoned)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert "not finite, step skipped (1 so far)" in lines[-1]
+    assert trainer.step(batch).total.isfinite()
+    trainer.step(poisoned)
+    with pytest.raises(TrainingError, match="no finite loss for 2 steps"):
+        trainer.step(poisoned)
+    assert trainer.progress.skipped_steps == 3
+
+
+def test_gradients_are_clipped(trials: Path, tmp_path: Path) -> None:
+    trainer = Trainer(experiment(trials, tmp_path, training__clip_gradient_norm=0.01), echo=quiet)
+    trainer.step(next(iter(trainer.source.batches(0, 0, 1))))
+    norm = torch.stack([parameter.grad.norm() for parameter in trainer.model.parameters()]).norm()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_early_stop(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self, tracker=None: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
+    lines: list[str] = []
+    folder = train(
+        experiment(trials, tmp_path, training__epochs=5, training__early_stop_epochs=2, training__steps_per_epoch=1),
+        echo=lines.append,
+    )
+    assert lines[-1] == "no better validation for 2 epochs: stopped"
+    assert load_checkpoint(folder / "best.safetensors")[1].facts["best_validation_si_sdri_db"] == 3.0
+    assert load_checkpoint(folder / "best.safetensors")[1].facts["step"] == 2
+    assert load_checkpoint(folder / "last.safetensors")[1].facts["step"] == 4
+
+
+@pytest.mark.parametrize(("precision", "scheduler"), [("bfloat16", "constant"), ("float32", "plateau")])
+def test_precisions_and_schedulers_run(trials: Path, tmp_path: Path, precision: str, scheduler: str) -> None:
+    config = experiment(
+        trials, tmp_path, training__precision=precision, training__epochs=1, scheduler={"name": scheduler}
+    )
+    rows = read_rows(train(config, echo=quiet) / "metrics.jsonl")
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+
+
+def test_too_few_classes(trials: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.num_classes: 2 is too small for the 4 speakers"):
+        Trainer(experiment(trials, tmp_path, model__num_classes=2))
+
+
+def test_a_folder_without_trials(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="holds no trials"):
+        Trainer(experiment(tmp_path, tmp_path))

@@ -1,0 +1,148 @@
+"""LibriMix on the fly: equal bit by bit to files written straight down by soundfile, and its bad inputs."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from plain_librimix import RATE, TYPES, Toy, make_toy, plain_tree
+
+from onevoice.audio import through_pcm16
+from onevoice.errors import AudioError, CorpusError, MissingDependencyError
+from onevoice.trials.librimix import (
+    FADE_SAMPLES,
+    LibriMixSound,
+    MetadataRow,
+    Scaled,
+    extend_noise,
+    read_metadata,
+    require_resampler,
+)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.mark.parametrize("sources", [2, 3])
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_every_sound_is_the_official_file_bit_by_bit(
+    toy: Toy, tmp_path: Path, rate: int, mode: str, sources: int
+) -> None:
+    folder = plain_tree(toy, sources, rate, mode, tmp_path) / f"wav{rate // 1000}k" / mode / "test"
+    rows = read_metadata(toy.metadata[sources], toy.librispeech, toy.wham)
+    assert len(rows) == 8
+    clipped = 0
+    for row in rows:
+        for name in (*(f"s{k + 1}" for k in range(sources)), "noise", *TYPES):
+            samples, rendered_rate = LibriMixSound(row, rate, mode, name).render()
+            written, file_rate = soundfile.read(folder / name / f"{row.mixture_id}.wav", dtype="int16")
+            assert rendered_rate == file_rate == rate
+            assert samples.dtype == np.float32
+            np.testing.assert_array_equal(samples * 32768, written, err_msg=f"{name} of {row.mixture_id}")
+            clipped += int(np.sum(written == 32767))
+    assert clipped > 0, "the toy gains must reach the clipping of 16 bits"
+
+
+def test_16_bits_are_cut_downwards_and_clipped() -> None:
+    """The law of libsndfile for float32: 2^31 x rounded to an integer, of which the upper 16 bits are kept."""
+    rng = np.random.default_rng(1)
+    samples = np.concatenate([rng.uniform(-1.2, 1.2, 20_000), np.arange(-9, 9) / 32768, [1, -1]]).astype(np.float32)
+    expected = np.clip(np.rint(samples.astype(np.float64) * 2**31).astype(np.int64) >> 16, -32768, 32767)
+    np.testing.assert_array_equal(through_pcm16(samples) * 32768, expected)
+    np.testing.assert_array_equal(through_pcm16(through_pcm16(samples)), through_pcm16(samples))
+
+
+def test_noise_fades_into_itself() -> None:
+    """The halves of the window add up to 1, so noise that is constant stays so; what is not at a seam is untouched."""
+    noise = np.random.default_rng(2).standard_normal(30_000).astype(np.float32)
+    extended = extend_noise(noise, 100_000)
+    assert len(extended) == 100_000
+    seam = len(noise) - FADE_SAMPLES
+    np.testing.assert_array_equal(extended[:seam], noise[:seam])
+    np.testing.assert_array_equal(extended[seam + FADE_SAMPLES : 2 * seam], noise[FADE_SAMPLES:seam])
+    angle = np.pi * np.arange(FADE_SAMPLES) / (FADE_SAMPLES - 1)
+    expected = noise[seam:] * (1 + np.cos(angle)) / 2 + noise[:FADE_SAMPLES] * (1 - np.cos(angle)) / 2
+    np.testing.assert_allclose(extended[seam : seam + FADE_SAMPLES], expected, atol=1e-12)
+    constant = np.full(9000, 0.25, np.float32)
+    np.testing.assert_allclose(extend_noise(constant, 40_000), 0.25, atol=1e-12)
+    assert extend_noise(noise, 30_000).dtype == np.float32
+    with pytest.raises(CorpusError, match="too short to prolong"):
+        extend_noise(noise[:FADE_SAMPLES], FADE_SAMPLES + 1)
+
+
+def test_mixture_is_the_sum_of_its_sources(toy: Toy) -> None:
+    """Up to the last bit of each file, where nothing clips."""
+    row = read_metadata(toy.metadata[3], toy.librispeech, toy.wham)[0]
+    quiet = dataclasses.replace(row, sources=tuple(dataclasses.replace(s, gain=0.2 * s.gain) for s in row.sources))
+    sounds = {
+        name: LibriMixSound(quiet, 16000, "max", name).render()[0] for name in ("s1", "s2", "s3", *TYPES, "noise")
+    }
+    total = sounds["s1"] + sounds["s2"] + sounds["s3"]
+    np.testing.assert_allclose(sounds["mix_clean"], total, atol=4 / 32768)
+    np.testing.assert_allclose(sounds["mix_both"], total + sounds["noise"], atol=5 / 32768)
+    np.testing.assert_allclose(sounds["mix_single"], sounds["s1"] + sounds["noise"], atol=3 / 32768)
+
+
+def test_gains_are_read_to_the_last_digit(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(
+        "source_2_gain,mixture_ID,source_1_path,source_1_gain,source_2_path\n1.4352834120507272,a_b,a,2,b\n"
+    )
+    (row,) = read_metadata(path, Path("/speech"))
+    assert row == MetadataRow("a_b", (Scaled(Path("/speech/a"), 2.0), Scaled(Path("/speech/b"), 1.4352834120507272)))
+
+
+HEAD = "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain,noise_path,noise_gain\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "lacks the columns mixture_ID"),
+        ("mixture_ID,source_1_path,source_1_gain\nx,y,1\n", "lacks the columns .*source_2_path"),
+        (HEAD.replace(",noise_gain", ""), "lacks the columns noise_gain"),
+        (HEAD + "x,a,1,b,loud,n,1\n", r"m\.csv:2: source_2 has the path 'b' and the gain 'loud'"),
+        (HEAD + "x,a,nan,b,1,n,1\n", "source_1 has the path 'a' and the gain 'nan'"),
+        (HEAD + "x,a,1,b,1\n", "noise has the path '' and the gain ''"),
+        (HEAD + "x,a,1,b,1,n,1\nx,a,1,b,1,n,1\n", r"m\.csv:3: mixture 'x' stands twice"),
+        (HEAD + "../x,a,1,b,1,n,1\n", "cannot be a mixture_ID"),
+        ("", "lacks the columns mixture_ID"),
+    ],
+)
+def test_broken_metadata_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        read_metadata(path, tmp_path, tmp_path)
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read_metadata(tmp_path / "none.csv", tmp_path)
+
+
+def test_unusable_files_are_named(toy: Toy, tmp_path: Path) -> None:
+    row = read_metadata(toy.metadata[2], toy.librispeech)[0]
+
+    def render(name: str = "mix_clean", **changes: object) -> None:
+        LibriMixSound(dataclasses.replace(row, **changes), 16000, "min", name).render()
+
+    with pytest.raises(AudioError, match=r"none\.flac: no such file"):
+        render(sources=(row.sources[0], Scaled(tmp_path / "none.flac", 1.0)))
+    soundfile.write(tmp_path / "slow.wav", np.zeros(8000), 8000)
+    with pytest.raises(CorpusError, match=r"slow\.wav: is at 8000 Hz; LibriMix is made of files at 16000 Hz"):
+        render(sources=(row.sources[0], Scaled(tmp_path / "slow.wav", 1.0)))
+    with pytest.raises(CorpusError, match="name the folder of the WHAM noise"):
+        render("mix_both")
+    soundfile.write(tmp_path / "click.wav", np.zeros(FADE_SAMPLES), RATE)
+    with pytest.raises(CorpusError, match=r"click\.wav: noise of 8001 samples is too short"):
+        render("mix_both", noise=Scaled(tmp_path / "click.wav", 1.0))
+
+
+def test_8_khz_says_that_it_needs_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.signal", None)
+    require_resampler(16000)
+    with pytest.raises(MissingDependencyError, match=r"onevoice\[protocols\]"):
+        require_resampler(8000)
