@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT, from_dict, json_schema, load_config, override, to_dict
+from onevoice.config import STRICT, from_dict, json_schema, load_config, override, require_rising, to_dict
 from onevoice.errors import ConfigError
 from onevoice.evaluation.summary import EvaluationConfig
 from onevoice.models import SpExPlusConfig
@@ -195,6 +195,18 @@ def test_members_of_unions_leave_no_trace_in_the_path(values: dict[str, Any], co
     assert str(error.value) == f"config: {complaint}"
 
 
+def test_a_docstring_under_a_field_describes_it() -> None:
+    properties = json_schema(Box)["properties"]
+    assert properties["box"]["description"] == "A key that is a tag too."
+    assert "description" not in properties["kind"]
+
+
+def test_a_range_may_be_one_point() -> None:
+    assert require_rising((1.0, 1.0)) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="the lowest value 3 is above the highest 2"):
+        require_rising((3.0, 2.0))
+
+
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"^config: name: .* not 3; seed: .* not \"x\"; zz: unknown key"):
         from_dict(Experiment, {**LEAST, "name": 3, "seed": "x", "zz": 1})
@@ -226,8 +238,8 @@ def test_overrides_that_make_no_sense(item: str, complaint: str) -> None:
     [
         (b'{"name": "x",}', "not valid JSON"),
         (b"", "not valid JSON"),
-        (b'{"name": "x", "name": "y"}', "the key 'name' stands twice"),
-        (b'{"data": {"train": {}, "train": {}}}', "the key 'train' stands twice"),
+        (b'{"name": "x", "name": "y"}', "the key 'name' appears twice"),
+        (b'{"data": {"train": {}, "train": {}}}', "the key 'train' appears twice"),
         (b"[1]", "must hold a JSON object, not a list"),
         (b"\xff\xfe\x00", "cannot be read"),
         (None, r"cannot be read \(No such file or directory\)"),

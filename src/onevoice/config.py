@@ -1,9 +1,12 @@
 """Configurations: JSON on disk, frozen dataclasses in memory, one definition of every default.
 
-Each part of the package defines its own section as `@dataclass(frozen=True, config=STRICT)` beside the code
-that reads it; `training.Experiment` composes them. This module reads, checks, overrides and describes any of
-them. An unknown key, a wrong type or a value out of range raises `ConfigError` with the full path of the key,
-and for a misspelt key the nearest one that exists.
+Each module defines its own section as `@dataclass(frozen=True, config=STRICT)` beside the code that reads it. A
+docstring under a field becomes its description in the JSON Schema; pydantic reads only the class's own fields, so a
+section repeats the fields it shares with another one instead of inheriting them. For numbers, use pydantic's own
+types (`PositiveInt`, `PositiveFloat`, `NonNegativeInt`, `NonNegativeFloat`) and the two types below.
+
+This module reads, checks, overrides and describes any section. An unknown key, a wrong type or a value out of range
+raises `ConfigError` with the full path of the key, and for a misspelled key the nearest key that exists.
 """
 
 import dataclasses
@@ -12,14 +15,28 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError
 
 from onevoice.errors import ConfigError
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-"""The pydantic settings of every section: no unknown keys, no silent conversions."""
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+"""The pydantic settings of every section: no unknown keys, no silent conversions, described by its docstrings."""
+
+
+def require_rising(bounds: tuple[int | float, int | float]) -> tuple[int | float, int | float]:
+    """Return the lowest and highest value of a range unchanged; raise `ValueError` unless low ≤ high."""
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"the lowest value {bounds[0]:g} is above the highest {bounds[1]:g}")
+    return bounds
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A share or a probability, from 0 to 1."""
+
+PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(require_rising)]
+"""The lowest and the highest value of a positive quantity."""
 
 Section = TypeVar("Section")
 Json = dict[str, Any]
@@ -87,7 +104,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"the key {key!r} appears twice")
     return dict(pairs)
 
 

@@ -24,13 +24,6 @@ def rms_dbfs(samples: Float[np.ndarray, "*channels samples"]) -> float:
     return float(10.0 * np.log10(value)) if value > 0 else -np.inf
 
 
-def require_rising(bounds: tuple[int | float, int | float]) -> tuple[int | float, int | float]:
-    """Return the lowest and highest value of a range as they are; raise `ValueError` unless low ≤ high."""
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"the lowest value {bounds[0]:g} is above the highest {bounds[1]:g}")
-    return bounds
-
-
 def to_samples(seconds: float, sample_rate: int) -> int:
     """Return a duration in seconds as the nearest whole number of samples."""
     return round(seconds * sample_rate)

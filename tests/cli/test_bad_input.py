@@ -335,7 +335,7 @@ CONFIGS = {
     "broken": ('{"batch_size": 1,}', "not valid JSON"),
     "cut": ('{"batch_size"', "not valid JSON"),
     "empty": ("", "not valid JSON"),
-    "twice": ('{"limit": 1, "limit": 2}', "the key 'limit' stands twice"),
+    "twice": ('{"limit": 1, "limit": 2}', "the key 'limit' appears twice"),
     "a list": ("[]", "must hold a JSON object"),
     "deep": ('{"model": {"name": "spexplus", "hiden": 3}}', "model.hiden: unknown key; did you mean 'hidden'?"),
 }

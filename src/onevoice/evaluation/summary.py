@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass as section
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,7 +42,6 @@ from onevoice.trials import FolderProtocol, ProtocolConfig, open_protocol
 from onevoice.trials.trials import EpochSampler, TrialDataset, collate, read_batches
 
 METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
-Count = Annotated[int, Field(gt=0)]
 
 
 @section(frozen=True, config=STRICT)
@@ -53,10 +52,10 @@ class EvaluationConfig:
     """Folder of trials, in either layout of `onevoice.trials.trials`."""
     data: ProtocolConfig | None = None
     """The trials of a protocol (`onevoice.trials`), in place of `data_dir`."""
-    batch_size: Count = 1
-    jobs: Annotated[int, Field(ge=0)] = 0
+    batch_size: PositiveInt = 1
+    jobs: NonNegativeInt = 0
     """Processes for the metrics; 0 for one per core."""
-    limit: Count | None = None
+    limit: PositiveInt | None = None
     """Use only the first trials: of a folder by name, of a protocol in its order."""
     metrics: tuple[MetricName, ...] = METRIC_NAMES
     device: str = "auto"
@@ -96,7 +95,7 @@ class Report:
         return [trial for trial in self.trials if trial.attenuation_db is not None]
 
     def refusals(self) -> dict[str, int]:
-        """Count the refusals by metric and reason."""
+        """PositiveInt the refusals by metric and reason."""
         return dict(Counter(f"{name}: {why}" for trial in self.trials for name, why in trial.refusals.items()))
 
     def to_dict(self) -> dict[str, Any]:

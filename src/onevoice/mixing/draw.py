@@ -10,21 +10,18 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT
+from onevoice.config import STRICT, Fraction, PositiveRange, require_rising
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.errors import CorpusError
 from onevoice.rng import uniform
-from onevoice.units import require_rising, to_samples
+from onevoice.units import to_samples
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Level = Annotated[float, Field(ge=-100, le=100)]
 LevelRange = Annotated[tuple[Level, Level], AfterValidator(require_rising)]
 """Lowest and highest value in dB of a uniform draw."""
-PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(require_rising)]
 Seconds = Annotated[float, Field(ge=0.1, le=60)]
 Number = Annotated[int, Field(ge=1, le=2)]
 Range = tuple[float, float]
@@ -38,7 +35,7 @@ class NoiseStep:
     """Add a stretch of a noise recording; short ones are repeated."""
 
     pack: str
-    probability: Probability = 1.0
+    probability: Fraction = 1.0
     snr_db: LevelRange = (0.0, 20.0)
     """Level of the voices above the noise."""
 
@@ -51,9 +48,9 @@ class ReverbStep:
     """
 
     pack: str
-    probability: Probability = 1.0
-    early_seconds: Positive = 0.05
-    enrollment_probability: Probability = 0.0
+    probability: Fraction = 1.0
+    early_seconds: PositiveFloat = 0.05
+    enrollment_probability: Fraction = 0.0
     """How often the enrollment, too, is heard in a room: another one, where the pack has several."""
 
 
@@ -61,11 +58,11 @@ class ReverbStep:
 class ChannelStep:
     """Give the enrollment another channel than the mixture: band limits, a spectral tilt, a telephone codec."""
 
-    probability: Probability = 0.5
+    probability: Fraction = 0.5
     low_cut_hz: PositiveRange = (20.0, 300.0)
     high_cut_hz: PositiveRange = (3000.0, 8000.0)
     tilt_db_per_octave: LevelRange = (-3.0, 3.0)
-    codec_probability: Probability = 0.0
+    codec_probability: Fraction = 0.0
     """How often the samples pass 8-bit mu-law (ITU-T G.711)."""
 
 
@@ -77,7 +74,7 @@ class MixingStep:
     """Length of every mixture; shorter utterances lie somewhere in it."""
     enrollment_seconds: Annotated[tuple[Seconds, Seconds], AfterValidator(require_rising)] = (3.0, 10.0)
     """Length of an enrollment, as far as its utterance goes."""
-    min_utterance_seconds: Annotated[float, Field(ge=0)] = 1.0
+    min_utterance_seconds: NonNegativeFloat = 1.0
     """Shorter utterances are not used (twice that for a speaker with a single one, which is halved)."""
     interferers: Annotated[tuple[Number, Number], AfterValidator(require_rising)] = (1, 1)
     """Fewest and most interfering speakers."""
@@ -86,9 +83,9 @@ class MixingStep:
     mixture_dbfs: LevelRange = (-35.0, -20.0)
     """RMS level of the mixture; less where a peak would pass 0.9."""
     enrollment_dbfs: LevelRange = (-35.0, -20.0)
-    absent: Probability = 0.0
+    absent: Fraction = 0.0
     """How often the enrollment is a third speaker's, and the target silence."""
-    alone: Probability = 0.0
+    alone: Fraction = 0.0
     """How often there is no interferer."""
 
     def __post_init__(self) -> None:

@@ -8,22 +8,18 @@ formula from the wanted reverberation time).
 
 import functools
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import AfterValidator, Field
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from onevoice.audio import Mono, write_audio
-from onevoice.config import STRICT
+from onevoice.config import STRICT, PositiveRange
 from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.processes import ordered_map
 from onevoice.rng import derive
-from onevoice.units import require_rising
 
-Positive = Annotated[float, Field(gt=0)]
-Range = Annotated[tuple[Positive, Positive], AfterValidator(require_rising)]
 MAX_DRAWS = 100
 CLEARANCE = 0.5
 """Least distance in metres of a talker from walls and microphone."""
@@ -33,12 +29,12 @@ CLEARANCE = 0.5
 class RoomLaw:
     """What rooms are drawn from; lengths in metres, times in seconds."""
 
-    sample_rate: Annotated[int, Field(gt=0)] = 16_000
-    talkers: Annotated[int, Field(gt=0)] = 4
-    length: Range = (3.0, 10.0)
-    width: Range = (3.0, 8.0)
-    height: Range = (2.4, 4.0)
-    reverberation_seconds: Range = (0.15, 0.6)
+    sample_rate: PositiveInt = 16_000
+    talkers: PositiveInt = 4
+    length: PositiveRange = (3.0, 10.0)
+    width: PositiveRange = (3.0, 8.0)
+    height: PositiveRange = (2.4, 4.0)
+    reverberation_seconds: PositiveRange = (0.15, 0.6)
     """T60: the time in which the sound decays by 60 dB."""
 
 

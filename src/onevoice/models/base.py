@@ -12,11 +12,11 @@ The promises, tested for every network in `tests/test_models.py`:
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -50,18 +50,15 @@ class Prediction(TypedDict):
     """Speaker logits over the training speakers, for the training loss only."""
 
 
-Positive = Annotated[int, Field(gt=0)]
-
-
 @dataclass(frozen=True, config=STRICT)
 class NetworkConfig:
     """What the config of every network has; the defaults of the sizes are each network's own."""
 
     name: str = ""
     """The name under which the zoo knows the network."""
-    sample_rate: Positive = 16_000
+    sample_rate: PositiveInt = 16_000
     """The rate in Hz at which the network works."""
-    num_classes: Annotated[int, Field(ge=0)] = 101
+    num_classes: NonNegativeInt = 101
     """Training speakers that the classifier tells apart; training puts the number found in the data for 0."""
     normalize_level: bool = True
     """Centre inputs and bring them to unit power first; False is the published network to the letter."""

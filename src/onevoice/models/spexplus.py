@@ -1,22 +1,20 @@
 """SpEx+ (Ge et al., "SpEx+: A Complete Time Domain Speaker Extraction Network", arXiv 2005.04686)."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onevoice.config import STRICT
-from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Positive, Wave
+from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
 from onevoice.models.fused import Frames, compiled
 from onevoice.models.layers import Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock
 from onevoice.models.speaker import SpeakerEncoder
 from onevoice.units import to_samples
-
-Seconds = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,21 +22,21 @@ class SpExPlusConfig(NetworkConfig):
     """The sizes of SpEx+. The defaults are the paper's, at 16 kHz; letters in brackets are the paper's."""
 
     name: Literal["spexplus"] = "spexplus"
-    window_seconds: tuple[Seconds, Seconds, Seconds] = (0.0025, 0.01, 0.02)
+    window_seconds: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.0025, 0.01, 0.02)
     """Short, middle and long window [L1, L2, L3]; the hop is half the short one."""
-    filters: Positive = 256
+    filters: PositiveInt = 256
     """Filters of each scale of the speech encoder [N]."""
-    channels: Positive = 256
+    channels: PositiveInt = 256
     """Channels between the temporal blocks [O]."""
-    hidden: Positive = 512
+    hidden: PositiveInt = 512
     """Channels inside a temporal block [P]."""
-    kernel_size: Positive = 3
+    kernel_size: PositiveInt = 3
     """Taps of the depthwise convolution [Q], odd."""
-    blocks: Positive = 8
+    blocks: PositiveInt = 8
     """Temporal blocks in a stack, of dilation 1, 2, 4, … [B]."""
-    stacks: Positive = 4
+    stacks: PositiveInt = 4
     """Stacks [R]; the speaker embedding enters at the first block of each."""
-    speaker_dim: Positive = 256
+    speaker_dim: PositiveInt = 256
     """Size of the speaker embedding."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
 from onevoice.config import STRICT
@@ -13,10 +13,7 @@ from onevoice.training.loss import MultiLoss
 from onevoice.training.tracking import TrackingConfig
 from onevoice.trials import FolderProtocol, ProtocolConfig
 
-Count = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -27,11 +24,11 @@ class Trials:
     data: ProtocolConfig | None = None
     """The trials of a protocol (`onevoice.trials`), in place of `folder`."""
     kind: Literal["trials"] = "trials"
-    segment_seconds: Positive | None = None
+    segment_seconds: PositiveFloat | None = None
     """Longest part of a mixture that is used, cut anew each epoch; null for all of it."""
-    enrollment_seconds: Positive | None = None
+    enrollment_seconds: PositiveFloat | None = None
     """The same for enrollments."""
-    limit: Count | None = None
+    limit: PositiveInt | None = None
     """Use only the first trials: of a folder by name, of a protocol in its order."""
 
     def __post_init__(self) -> None:
@@ -52,7 +49,7 @@ class DynamicTrials:
     pack: str
     """A folder written by `onevoice corpus pack`."""
     kind: Literal["dynamic"] = "dynamic"
-    examples_per_epoch: Count = 20_000
+    examples_per_epoch: PositiveInt = 20_000
     on_device: bool = False
     """Keep the packs in the memory of the training device and render there, instead of in worker processes."""
     mixing: MixingStep = MixingStep()
@@ -78,9 +75,9 @@ class DataConfig:
 
     train: TrainingData
     validation: Trials
-    batch_size: Count = 8
-    validation_batch_size: Count = 1
-    workers: Annotated[int, Field(ge=0)] = 2
+    batch_size: PositiveInt = 8
+    validation_batch_size: PositiveInt = 1
+    workers: NonNegativeInt = 2
     """Processes that read and decode; they never change what is read."""
 
 
@@ -89,9 +86,9 @@ class AdamConfig:
     """Adam (or AdamW), with the values of torch."""
 
     name: Literal["adam", "adamw"] = "adam"
-    learning_rate: Positive = 1e-3
-    weight_decay: NotNegative = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.999)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -99,10 +96,10 @@ class OneCycleConfig:
     """One rise to `max_learning_rate` and one cosine fall over the whole training (torch's OneCycleLR)."""
 
     name: Literal["onecycle"] = "onecycle"
-    max_learning_rate: Positive = 1e-3
-    rising_part: Fraction = 0.3
-    start_divisor: Positive = 25.0
-    final_divisor: Positive = 1e4
+    max_learning_rate: PositiveFloat = 1e-3
+    rising_part: OpenFraction = 0.3
+    start_divisor: PositiveFloat = 25.0
+    final_divisor: PositiveFloat = 1e4
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -110,9 +107,9 @@ class PlateauConfig:
     """Halve the learning rate when validation stops improving, as the SpEx+ paper does."""
 
     name: Literal["plateau"] = "plateau"
-    factor: Fraction = 0.5
-    patience_epochs: Annotated[int, Field(ge=0)] = 2
-    min_learning_rate: NotNegative = 1e-8
+    factor: OpenFraction = 0.5
+    patience_epochs: NonNegativeInt = 2
+    min_learning_rate: NonNegativeFloat = 1e-8
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -130,10 +127,10 @@ class StableConfig:
     """
 
     name: Literal["wsd"] = "wsd"
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    decay_steps: Count | None = None
+    warmup_steps: NonNegativeInt = 1000
+    decay_steps: PositiveInt | None = None
     """Length of the decay, with whose last step training ends, whatever `training.epochs`; null for no decay."""
-    decay_from_step: Annotated[int, Field(ge=0)] | None = None
+    decay_from_step: NonNegativeInt | None = None
     """The step that begins it; null: so that it ends with the last epoch, or, newly set on resuming, at once."""
     decay_shape: Literal["linear", "sqrt"] = "sqrt"
     """A straight line, or 1 − √x (arXiv 2405.18392), which leaves the stable rate faster."""
@@ -153,27 +150,27 @@ SchedulerConfig = Annotated[OneCycleConfig | PlateauConfig | ConstantConfig | St
 class TrainingConfig:
     """The loop."""
 
-    epochs: Count = 21
-    steps_per_epoch: Count | None = None
+    epochs: PositiveInt = 21
+    steps_per_epoch: PositiveInt | None = None
     """End an epoch (validate, save) after so many steps; null for one pass over the data."""
-    accumulate: Count = 1
+    accumulate: PositiveInt = 1
     """Parts into which each batch is split, one after the other in memory; the step learns from all of them."""
-    ema: Fraction | None = None
+    ema: OpenFraction | None = None
     """Decay of an exponential moving average of the weights, such as 0.999; it is what is validated and shipped."""
-    clip_gradient_norm: Positive = 5.0
+    clip_gradient_norm: PositiveFloat = 5.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type of the matrix products; weights and statistics stay float32. float16 scales the loss."""
     compile: bool = False
     """Compile the network (`torch.compile`): steps several times as fast, after a minute or two at the start."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    save_every_steps: Count = 500
+    save_every_steps: PositiveInt = 500
     """A resumable checkpoint stands on disk at least so often."""
-    keep_every_epochs: Count | None = None
+    keep_every_epochs: PositiveInt | None = None
     """Also keep the weights of every so many epochs, as epoch-0010.safetensors, for `onevoice average`."""
-    log_every_steps: Count = 20
-    early_stop_epochs: Count | None = None
+    log_every_steps: PositiveInt = 20
+    early_stop_epochs: PositiveInt | None = None
     """Stop after so many validations without a better one."""
-    max_nonfinite_steps: Count = 20
+    max_nonfinite_steps: PositiveInt = 20
     """Steps in a row without a finite loss and gradient after which training gives up; each is skipped."""
     checkpoint_activations: bool = False
     """Compute the temporal blocks a second time in the backward pass instead of keeping their insides in memory."""

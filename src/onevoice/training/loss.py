@@ -4,7 +4,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,11 +92,11 @@ class MultiLoss:
     """Weight of the middle decoder's SI-SDR."""
     beta: Weight = 0.1
     """Weight of the long decoder's SI-SDR."""
-    lambd: Annotated[float, Field(ge=0)] = 0.5
+    lambd: NonNegativeFloat = 0.5
     """Weight of the speaker classification."""
-    limit_db: Annotated[float, Field(gt=0)] | None = None
+    limit_db: PositiveFloat | None = None
     """SI-SDR that no item can pass, softly; needed where mixtures are the target alone. Null is the paper's loss."""
-    level: Annotated[float, Field(ge=0)] = 0.0
+    level: NonNegativeFloat = 0.0
     """Weight of the level. SI-SDR leaves the level of estimates open, and without one the silence that is asked for
     where the target is absent is had by turning everything down."""
 

@@ -27,11 +27,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from onevoice.audio import write_audio
@@ -65,7 +65,7 @@ class TrackingConfig:
 
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
-    audio_examples: Annotated[int, Field(ge=0)] = 3
+    audio_examples: NonNegativeInt = 3
     """The number of validation trials whose sounds are recorded at each validation."""
 
 

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT, load_config
+from onevoice.config import STRICT, Fraction, load_config
 from onevoice.trials.librimix import MixtureType, Mode, Rate
 
-Share = Annotated[float, Field(ge=0, le=1)]
 MAX_MISSING = 0.01
 
 
@@ -63,7 +62,7 @@ class LibriMixProtocol:
     enrollment: EnrollmentConfig = EnrollmentDraw()
     librispeech_dir: str | None = None
     """Needed only for enrollments from LibriSpeech."""
-    max_missing: Share = MAX_MISSING
+    max_missing: Fraction = MAX_MISSING
     """Share of the trials that may be left out because something of them is missing or wrong."""
 
 
@@ -84,7 +83,7 @@ class LibriMixMetadataProtocol:
     targets: Targets = "all"
     """Each speaker in turn, the first alone, or those that the enrollment map names."""
     enrollment: EnrollmentConfig = EnrollmentDraw()
-    max_missing: Share = MAX_MISSING
+    max_missing: Fraction = MAX_MISSING
     """Share of the trials that may be left out because something of them is missing or wrong."""
 
 
@@ -99,7 +98,7 @@ class Wsj0Protocol:
     """Beginnings of the paths in the lists, and the folders on this machine that stand for them."""
     sample_rate: Rate = 8000
     """The rate that the files must have."""
-    max_missing: Share = MAX_MISSING
+    max_missing: Fraction = MAX_MISSING
     """Share of the trials that may be left out because something of them is missing or wrong."""
 
 
