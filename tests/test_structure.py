@@ -76,7 +76,7 @@ def imports(name: str) -> frozenset[str]:
 def own_imports(name: str) -> frozenset[str]:
     """The modules of the package that a module imports."""
     below = {each.removeprefix("onevoice.") for each in imports(name) if each.startswith("onevoice.")}
-    return frozenset(below & modules().keys())
+    return frozenset(below & modules().keys()) - {name}
 
 
 @cache

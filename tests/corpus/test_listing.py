@@ -11,7 +11,7 @@ from conftest import SHARED_SPEECH
 from corpora import RATE, ids, shard, sound, speak, touch
 
 from onevoice.audio import write_audio
-from onevoice.cli.corpus import corpus_app
+from onevoice.cli.data import corpus_app
 from onevoice.corpus.layouts import speaker_table
 from onevoice.corpus.listing import Speaker, list_corpus, report, scan, scan_corpus, split_speakers
 from onevoice.corpus.pack import PackedCorpus
@@ -193,9 +193,9 @@ def test_the_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for wrong in (["--split", "train"], ["--split", "a/b=1"], ["--split", "a=x"], ["--split", "a=0.5", "a=0.5"]):
         with pytest.raises(ConfigError, match=r"--split"):
             command("pack", corpus, tmp_path / "wrong", *wrong)
-    with pytest.raises(CorpusError, match="name the sources and then the folder"):
+    with pytest.raises(ConfigError, match="name the sources and then the folder"):
         command("pack", tmp_path / "wrong")
-    with pytest.raises(CorpusError, match="name a corpus"):
+    with pytest.raises(ConfigError, match="name a corpus"):
         command("scan")
 
 

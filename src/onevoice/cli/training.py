@@ -1,0 +1,94 @@
+"""The verbs of training: `train`, `average` and `schema`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from onevoice.errors import ConfigError
+
+GROUP = Group("Train", sort_key=2)
+"""The heading of these verbs in the help."""
+
+
+def train(
+    *,
+    config: Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])] = None,
+    resume: Annotated[Path | None, Parameter(name=["--resume", "--r", "-r"])] = None,
+    load: Annotated[str | None, Parameter(name=["--load", "-l"])] = None,
+    minutes: float | None = None,
+    profile: int | None = None,
+    set_: Annotated[list[str] | None, Parameter(name=["--set", "-s"], consume_multiple=True)] = None,
+) -> None:
+    """Train a model from a config; the run folder is RUNS_FOLDER/NAME, both from the config.
+
+    Args:
+        config: The experiment, a JSON file. With --resume, the run's own config.json by default.
+        resume: A checkpoint of this experiment. Training resumes where it stopped, to bit-identical weights.
+        load: The weights to start from: a published NAME, a PATH or hf://OWNER/REPO. Training starts at step 0.
+        minutes: Stop at a checkpoint after this many minutes.
+        profile: Time this many steps instead of training. Prints a table, writes it and a trace to RUN/profile, and
+            saves no weights.
+        set_: Override keys of the config, as a.b.c=VALUE.
+    """
+    from onevoice.config import load_config
+    from onevoice.extraction.pretrained import resolve
+    from onevoice.training.distributed import group_of
+    from onevoice.training.experiment import Experiment
+    from onevoice.training.run import train as run
+
+    if resume is not None and load is not None:
+        raise ConfigError("--resume and --load exclude each other: resume a run, or start a new one from weights")
+    if config is None:
+        if resume is None:
+            raise ConfigError("no experiment; name one with --config FILE.json, or a run with --resume CHECKPOINT")
+        config = resume.parent / "config.json"
+    weights = None if load is None else resolve(load)
+    experiment = load_config(Experiment, config, set_ or [])
+    if profile is not None:
+        if minutes is not None:
+            raise ConfigError("--profile and --minutes exclude each other: a profile ends after its steps")
+        from onevoice.training.profile import profile_training
+
+        profile_training(experiment, profile, load=resume or weights)
+        return
+    folder = run(experiment, resume=resume, load=weights, minutes=minutes)
+    if group_of(os.environ).first:
+        print(f"run folder: {folder} (best.safetensors is the one to use)")
+
+
+def average(output: Path, *checkpoints: Path) -> None:
+    """Write the mean of the weights of CHECKPOINTS to OUTPUT: onevoice average OUT A B ….
+
+    The mean of a run's last checkpoints often scores better than each of them.
+
+    Args:
+        output: The checkpoint to write (.safetensors).
+        checkpoints: Two or more checkpoints of one run, such as its epoch-NNNN.safetensors.
+    """
+    from onevoice.extraction.checkpoint import average_checkpoints, save_checkpoint
+    from onevoice.files import require_writable
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: must end in .safetensors; the checkpoint to write comes first")
+    require_writable(output)
+    save_checkpoint(output, *average_checkpoints(checkpoints))
+    print(output)
+
+
+def schema(kind: str = "train") -> None:
+    """Print the JSON Schema of the `train` or `eval` config: every key with its description and default.
+
+    Args:
+        kind: train or eval.
+    """
+    from onevoice.config import json_schema
+    from onevoice.evaluation.summary import EvaluationConfig
+    from onevoice.training.experiment import Experiment
+
+    kinds: dict[str, type[Any]] = {"train": Experiment, "eval": EvaluationConfig}
+    if kind not in kinds:
+        raise ConfigError(f"{kind}: unknown config; choose one of {', '.join(kinds)}")
+    print(json.dumps(json_schema(kinds[kind]), indent=2))
