@@ -25,7 +25,7 @@ from onevoice.extraction import pretrained
 from onevoice.extraction.checkpoint import Card, State, load_checkpoint, load_model, save_checkpoint
 from onevoice.extraction.extractor import Extractor
 from onevoice.extraction.pretrained import Published, read_registry
-from onevoice.files import atomic_write, to_document
+from onevoice.files import atomic_write, to_json
 from onevoice.models import Network
 
 CARDS = Path(__file__).parents[1] / "docs" / "models"
@@ -88,7 +88,7 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
     atomic_write(document, text.encode())
     atomic_write(file, data)
     entry = replace(registry, default=name, weights={**registry.weights, name: published})
-    atomic_write(pretrained.WEIGHTS / pretrained.REGISTRY, to_document(to_dict(entry)))
+    atomic_write(pretrained.WEIGHTS / pretrained.REGISTRY, to_json(to_dict(entry)))
     print(published.line(name), rounding, sep="\n")
     print(f"written: {file}, {document} ({text.count(GAP)} gaps to fill), {pretrained.WEIGHTS / pretrained.REGISTRY}")
 

@@ -1,21 +1,26 @@
-"""Work in processes: results in order, errors raised here, a dead worker said clearly."""
+"""Processes: results in order, errors raised in the parent, stop requests recorded, freed memory kept."""
 
 import contextlib
 import functools
 import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from onevoice.errors import CorpusError, OnevoiceError
-from onevoice.processes import ordered_map
+from onevoice.errors import CorpusError, WorkerError
+from onevoice.processes import STOP_SIGNALS, ordered_map, stop_requests
 
 
-def shifting(shift: int) -> Callable[[int], int]:
-    return lambda number: number + shift
+def make_adder(amount: int) -> Callable[[int], int]:
+    return lambda number: number + amount
 
 
-def refusing() -> Callable[[int], int]:
+def make_refuser() -> Callable[[int], int]:
     def work(number: int) -> int:
         if number == 5:
             raise CorpusError("number 5 is refused")
@@ -24,13 +29,17 @@ def refusing() -> Callable[[int], int]:
     return work
 
 
-def dying() -> Callable[[int], int]:
+def make_killer() -> Callable[[int], int]:
     return lambda number: os._exit(9)
+
+
+def make_reader_of_variables() -> Callable[[str], str | None]:
+    return os.environ.get
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_the_order_of_the_items(workers: int) -> None:
-    work = functools.partial(shifting, 100)
+    work = functools.partial(make_adder, 100)
     assert list(ordered_map(work, range(50), workers)) == list(range(100, 150))
     assert list(ordered_map(work, [], workers)) == []
 
@@ -39,27 +48,87 @@ def test_results_come_in_the_order_of_the_items(workers: int) -> None:
 def test_an_error_comes_after_the_results_before_it(workers: int) -> None:
     results: list[int] = []
     with pytest.raises(CorpusError, match="number 5 is refused"):
-        results.extend(ordered_map(refusing, range(50), workers))
+        results.extend(ordered_map(make_refuser, range(50), workers))
     assert results == [0, 1, 2, 3, 4]
 
 
-def test_it_can_be_left_early() -> None:
-    with contextlib.closing(ordered_map(functools.partial(shifting, 0), range(10_000), 2)) as results:
+def test_the_iterator_can_be_closed_early() -> None:
+    with contextlib.closing(ordered_map(functools.partial(make_adder, 0), range(10_000), 2)) as results:
         assert next(results) == 0
 
 
 def test_a_dead_worker_is_one_clear_error() -> None:
-    with pytest.raises(OnevoiceError, match="a worker process died"):
-        list(ordered_map(dying, range(3), 2))
+    with pytest.raises(WorkerError, match=r"a worker process died: .*; run again with fewer workers"):
+        list(ordered_map(make_killer, range(3), 2))
 
 
-def asking() -> Callable[[str], str | None]:
-    return os.environ.get
-
-
-def test_each_process_has_one_thread_and_the_parent_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_use_one_thread_and_the_parent_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    assert list(ordered_map(asking, ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"], 2)) == ["1", "1"]
+    names = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"]
+    assert list(ordered_map(make_reader_of_variables, names, 2)) == ["1", "1"]
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+def test_handlers_are_restored() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with stop_requests() as request:
+        assert request.signal is None
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):  # the second one stops at once
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    with pytest.raises(ZeroDivisionError), stop_requests():
+        _ = 1 / 0
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_nothing_changes_outside_the_main_thread() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    seen: list[Any] = []
+
+    def work() -> None:
+        with stop_requests() as request:
+            seen.extend([request.signal, *(signal.getsignal(number) for number in STOP_SIGNALS)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None, *before]
+
+
+COUNT_PAGE_FAULTS = """
+import ctypes, resource, sys
+from onevoice.processes import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(77)
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def touch():
+    blocks = [malloc(ctypes.c_size_t(40 << 20)) for _ in range(3)]
+    for block in blocks:
+        ctypes.memset(block, 1, 40 << 20)
+    for block in blocks:
+        free(block)
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(mode: str) -> int:
+    """Count the page faults of allocating blocks that were allocated and freed before."""
+    done = subprocess.run([sys.executable, "-c", COUNT_PAGE_FAULTS, mode], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("the C library is not glibc")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_freed_memory_is_kept() -> None:
+    assert page_faults("keep") < 100
+    assert page_faults("default") > 100  # without it, every block faults in again

@@ -2,11 +2,14 @@
 
 import ast
 import json
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 from tiny import ROOT, process
+
+import onevoice
 
 SOURCE = ROOT / "src" / "onevoice"
 ROOMS = ("corpus", "mixing", "trials", "models", "extraction", "evaluation", "training", "cli")
@@ -230,6 +233,11 @@ def test_the_public_names() -> None:
     code = "import onevoice; [getattr(onevoice, name) for name in onevoice.__all__]; print(sorted(onevoice.__all__))"
     done = process(["-c", code])
     assert (done.status, done.err) == (0, "")
-    assert {"load", "Extractor", "MixtureGenerator", "MultiLoss", "OnevoiceError", "SpExPlus"} <= set(
-        ast.literal_eval(done.out)
-    )
+    names = {"load", "Extractor", "MixtureGenerator", "MultiLoss", "OnevoiceError", "SpExPlus", "SpExPlusConfig"}
+    assert {*names, "__version__"} == set(ast.literal_eval(done.out))
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert onevoice.__version__ == project["version"]
+    assert "__version__" in dir(onevoice)

@@ -1,11 +1,11 @@
-"""Target speaker extraction: a recording of several people and a few seconds of one in, that voice out.
+"""Target speaker extraction: give it a recording of several people and a few seconds of one, get that voice back.
 
     import onevoice
 
     extractor = onevoice.load()
     voice = extractor.extract(mixture, 16_000, enrollment, 16_000)
 
-The public names below are loaded when first used, so that importing the package costs nothing.
+The public names are loaded on first use, so importing the package costs almost nothing.
 """
 
 import importlib
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from onevoice.models import SpExPlusConfig as SpExPlusConfig
     from onevoice.training.loss import MultiLoss as MultiLoss
 
-_PLACES = {
+    __version__: str
+
+_MODULES = {
     "Extractor": "onevoice.extraction.extractor",
     "MixtureGenerator": "onevoice.mixing.generator",
     "MultiLoss": "onevoice.training.loss",
@@ -29,14 +31,16 @@ _PLACES = {
     "SpExPlusConfig": "onevoice.models",
     "load": "onevoice.extraction.extractor",
 }
-__all__ = list(_PLACES)
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("onevoice")
+    if name not in _MODULES:
         raise AttributeError(f"module 'onevoice' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m onevoice` and the command `onevoice`."""
+"""The command `onevoice`, also as `python -m onevoice`."""
 
 from onevoice.cli import main
 

@@ -1,4 +1,4 @@
-"""Writing files so that what stands under the final name is always whole."""
+"""Writing files so that a file is complete once it has its name, and reading and writing rows of JSON."""
 
 import contextlib
 import json
@@ -10,10 +10,13 @@ from typing import Any
 
 from onevoice.errors import StorageError
 
+Row = dict[str, Any]
+"""One JSON object: a row of a table, or a whole document."""
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` while writing `path` into a `StorageError` of one line that names it."""
+    """Turn an `OSError` while writing `path` into a one-line `StorageError` that names it."""
     try:
         yield
     except OSError as error:
@@ -22,26 +25,26 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def require_writable(path: Path) -> None:
-    """Raise `StorageError` when `path` could not be written, before long work is spent on what goes there."""
+    """Raise `StorageError` if `path` cannot be written; call it before long work whose result goes there."""
     with storage_errors(path):
-        folder = next(above for above in path.absolute().parents if above.exists())
-        probe = folder / f".{path.name}.{os.getpid()}.part"
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        probe = folder / _temporary_name(path)
         probe.touch()
         probe.unlink()
 
 
 def atomic_write(path: Path, data: bytes | Callable[[Path], None], *, durable: bool = True) -> None:
-    """Write `data` under `path` by a temporary file in the same folder and a rename.
+    """Write `data` to a temporary file in the folder of `path`, then rename it to `path`.
 
-    `data` is the content, or a function that writes the content to the path it is given. With `durable` the
-    bytes are flushed to the disk before the rename, so that not even a power cut leaves half a file; without,
-    only a crash of the process is covered. The folder is made when missing.
+    `data` is the content, or a function that writes the content to the path it is given. With `durable`, the bytes
+    are flushed to the disk before the rename, so that even a power failure leaves no half-written file; without it,
+    only a crash of the process is covered. A missing folder is created.
 
-    Raises `StorageError` when the disk is full or the place is not writable; nothing is left behind then.
+    Raises `StorageError` if the disk is full or the folder is not writable, and removes the temporary file.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary = path.with_name(_temporary_name(path))
         try:
             with temporary.open("wb") as stream:
                 if isinstance(data, bytes):
@@ -56,21 +59,30 @@ def atomic_write(path: Path, data: bytes | Callable[[Path], None], *, durable: b
             raise
 
 
-Row = dict[str, Any]
-
-
-def to_lines(rows: Iterable[Row]) -> bytes:
-    """Return rows as lines of JSON."""
+def to_json_lines(rows: Iterable[Row]) -> bytes:
+    """Return one line of JSON per row."""
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def to_document(values: Row) -> bytes:
-    """Return a JSON object as an indented text."""
+def to_json(values: Row) -> bytes:
+    """Return a JSON object as indented text."""
     return json.dumps(values, ensure_ascii=False, indent=1).encode() + b"\n"
 
 
+def append_whole(stream: FileIO, data: bytes) -> None:
+    """Append `data` to an unbuffered file, all of it or nothing; raise `StorageError` if the disk is full."""
+    with storage_errors(Path(stream.name)):
+        size = stream.tell()
+        try:
+            while data:
+                data = data[stream.write(data) :]
+        except OSError:
+            stream.truncate(size)
+            raise
+
+
 def whole_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file up to the first line that is torn; none when there is no such file."""
+    """Yield the rows of a file up to the first incomplete line; a missing file has none."""
     if not path.exists():
         return
     *lines, _ = path.read_bytes().split(b"\n")
@@ -84,13 +96,5 @@ def whole_rows(path: Path) -> Iterator[Row]:
         yield row
 
 
-def append_whole(stream: FileIO, data: bytes) -> None:
-    """Append `data` to an unbuffered file, all of it or nothing; raises `StorageError` when the disk is full."""
-    with storage_errors(Path(stream.name)):
-        before = stream.tell()
-        try:
-            while data:
-                data = data[stream.write(data) :]
-        except OSError:
-            stream.truncate(before)
-            raise
+def _temporary_name(path: Path) -> str:
+    return f".{path.name}.{os.getpid()}.part"

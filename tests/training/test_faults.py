@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from voices import make_trials
 
 from onevoice.devices import missing_for_compiling
 from onevoice.errors import StorageError, TrainingError
-from onevoice.processes import STOPPING, StopRequest, stop_requests
+from onevoice.processes import StopRequest
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
 
@@ -77,34 +76,6 @@ def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, tmp_path
     assert equal(weights(folder), weights(whole))
     logs = [rows_without_time(read_rows(path / "metrics.jsonl")) for path in (folder, whole)]
     assert logs[0] == logs[1]
-
-
-def test_handlers_come_and_go() -> None:
-    before = [signal.getsignal(number) for number in STOPPING]
-    with stop_requests() as asked:
-        assert asked.signal is None
-        signal.raise_signal(signal.SIGINT)
-        assert asked.signal == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):  # the second time it is meant at once
-            signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(number) for number in STOPPING] == before
-    with pytest.raises(ZeroDivisionError), stop_requests():
-        _ = 1 / 0
-    assert [signal.getsignal(number) for number in STOPPING] == before
-
-
-def test_outside_the_main_thread_nothing_changes(trials: Path, tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in STOPPING]
-    seen: list[Any] = []
-
-    def work() -> None:
-        with stop_requests() as asked:
-            seen.extend([asked.signal, *(signal.getsignal(number) for number in STOPPING)])
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [None, *before]
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -28,7 +28,7 @@ from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_share
 from onevoice.corpus.pack import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, is_pack, sha256_of
 from onevoice.corpus.recordings import Fault, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
-from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_document, to_lines, whole_rows
+from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_json, to_json_lines, whole_rows
 from onevoice.processes import ordered_map
 
 
@@ -86,7 +86,7 @@ def pack_corpus(
     part = out.with_name(f"{out.name}.part")
     if (part / HEADER).exists() and not _is_same(part, header):
         raise CorpusError(f"{part}: is the beginning of another pack; remove it, or choose another folder")
-    atomic_write(part / HEADER, to_document(header))
+    atomic_write(part / HEADER, to_json(header))
     limit = functools.partial(_require_few, corpus, max_broken)
     rows, digest = _append_all(jobs, part, functools.partial(_Encoder, sample_rate, keep_mean), workers, limit)
     limit(_broken(rows))
@@ -148,7 +148,7 @@ def _append_all(
     broken = _broken(rows)
     with (
         _appending(part / SAMPLES, size) as samples,
-        _appending(part / ROWS, len(to_lines(rows))) as records,
+        _appending(part / ROWS, len(to_json_lines(rows))) as records,
         contextlib.closing(ordered_map(make, missing, max(1, min(workers, len(missing))))) as results,
         tqdm(desc=str(part), total=len(jobs), initial=len(rows), unit="utterance") as bar,
     ):
@@ -160,7 +160,7 @@ def _append_all(
                 limit(broken)
             digest.update(encoded.data)
             append_whole(samples, encoded.data)
-            append_whole(records, to_lines([row]))
+            append_whole(records, to_json_lines([row]))
             rows.append(row)
             bar.update()
         with storage_errors(part):
@@ -230,7 +230,7 @@ def _close(part: Path, header: Row, corpus: Corpus, rows: Sequence[Row], digest:
         "sha256": {SAMPLES: digest, INDEX: sha256_of(part / INDEX)},
         "speakers": [[name + suffix(speed), corpus.genders.get(name), persons[name]] for name, speed in speakers],
     }
-    atomic_write(part / HEADER, to_document(finished))
+    atomic_write(part / HEADER, to_json(finished))
 
 
 def _is_there(out: Path, header: Row) -> bool:

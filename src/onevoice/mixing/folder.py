@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from onevoice.errors import CorpusError
-from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_document, to_lines, whole_rows
+from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_json, to_json_lines, whole_rows
 from onevoice.processes import ordered_map
 
 SETTINGS = "mixture.json"
@@ -48,7 +48,7 @@ def open_folder(folder: Path, settings: Row) -> None:
     if not path.exists():
         if (folder / MANIFEST).exists():
             raise CorpusError(f"{folder}: holds {MANIFEST} but no {SETTINGS}; choose another folder")
-        atomic_write(path, to_document({**settings, "summary": None}))
+        atomic_write(path, to_json({**settings, "summary": None}))
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def close_folder(folder: Path, settings: Row, summary: Row) -> None:
     for name in SUFFIXES.values():
         for leftover in folder.glob(f".*{name}.*.part"):
             leftover.unlink(missing_ok=True)
-    atomic_write(folder / SETTINGS, to_document({**settings, "summary": summary}))
+    atomic_write(folder / SETTINGS, to_json({**settings, "summary": summary}))
 
 
 def recover(folder: Path) -> dict[int, Outcome]:
@@ -121,15 +121,15 @@ def appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome],
         (SKIPPED, [row for outcome in kept for row in outcome.skipped]),
         (MANIFEST, [row for outcome in kept for row in outcome.rows]),
     ):
-        atomic_write(folder / name, to_lines(rows))
+        atomic_write(folder / name, to_json_lines(rows))
     with contextlib.ExitStack() as stack:
         with storage_errors(folder / MANIFEST):
             skipped = stack.enter_context((folder / SKIPPED).open("ab", buffering=0))
             manifest = stack.enter_context((folder / MANIFEST).open("ab", buffering=0))
 
         def append(outcome: Outcome) -> None:
-            append_whole(skipped, to_lines(outcome.skipped))
-            append_whole(manifest, to_lines(outcome.rows))
+            append_whole(skipped, to_json_lines(outcome.skipped))
+            append_whole(manifest, to_json_lines(outcome.rows))
 
         yield append
 
