@@ -40,7 +40,7 @@ class PackedCorpus:
 
     Utterances and speakers are numbered; those of speaker `s` are `speaker_start[s]` up to `speaker_start[s + 1]`,
     so a draw by speaker takes two look-ups. A speed-perturbed copy of a speaker is another speaker of the same person:
-    `base_of_speaker` numbers the persons, who come one after the other, the true speed first. Pickling sends the path
+    `person_of_speaker` numbers the persons, who come one after the other, the true speed first. Pickling sends the path
     alone; opening reads no samples.
     """
 
@@ -53,7 +53,7 @@ class PackedCorpus:
     length: Int64[np.ndarray, " utterances"] = field(repr=False)
     speaker: Int64[np.ndarray, " utterances"] = field(repr=False)
     speaker_start: Int64[np.ndarray, " speakers_and_end"] = field(repr=False)
-    base_of_speaker: Int64[np.ndarray, " speakers"] = field(repr=False)
+    person_of_speaker: Int64[np.ndarray, " speakers"] = field(repr=False)
     header: Row = field(repr=False)
 
     @classmethod
@@ -70,7 +70,7 @@ class PackedCorpus:
         if size != 2 * total or len(offset) != header["utterances"]:
             raise CorpusError(f"{path / SAMPLES}: has {size} bytes instead of {2 * total}; copy or pack it again")
         samples = np.memmap(path / SAMPLES, dtype="<i2", mode="r", shape=(total,))
-        names, genders, bases = zip(*header["speakers"], strict=True)
+        names, genders, persons = zip(*header["speakers"], strict=True)
         return cls(
             path=path,
             sample_rate=header["sample_rate"],
@@ -81,7 +81,7 @@ class PackedCorpus:
             length=np.asarray(length),
             speaker=np.asarray(speaker),
             speaker_start=np.searchsorted(speaker, np.arange(len(names) + 1)).astype(np.int64),
-            base_of_speaker=np.array(bases, dtype=np.int64),
+            person_of_speaker=np.array(persons, dtype=np.int64),
             header=header,
         )
 
@@ -130,7 +130,7 @@ class PackedCorpus:
 
     def summary(self) -> str:
         """Return in one line what is in the pack, what was left out and which rates were converted."""
-        rates, persons = self.header["source_rates"], int(self.base_of_speaker[-1]) + 1
+        rates, persons = self.header["source_rates"], int(self.person_of_speaker[-1]) + 1
         more = len(self.speakers) - persons
         copies = f" and {more} speed-perturbed copies of them" if more else ""
         converted = sum(count for rate, count in rates.items() if int(rate) != self.sample_rate)
@@ -157,23 +157,17 @@ class PackedCorpus:
         return "no utterance is"
 
 
-def is_pack(path: Path) -> bool:
-    """Say whether a folder is a whole pack."""
-    return (path / HEADER).is_file() and (path / SAMPLES).is_file()
-
-
 def read_header(path: Path) -> Row:
-    """Return what `pack.json` says; raise `CorpusError` when there is none, or of an unknown format."""
+    """Return the content of `pack.json`; raise `CorpusError` if it is missing, incomplete or of an unknown format."""
     file = path / HEADER
     try:
         header: Row = json.loads(file.read_text(encoding="utf-8"))
-        known, complete = header["format"] == FORMAT, "sha256" in header
+        is_known = header["format"] == FORMAT
+        _ = header["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{path}: is not a packed corpus; make one by `onevoice corpus pack`") from error
-    if not known:
+        raise CorpusError(f"{path}: is not a complete packed corpus; write one with `onevoice corpus pack`") from error
+    if not is_known:
         raise CorpusError(f"{file}: has the format {header['format']!r}, not {FORMAT}; pack the corpus again")
-    if not complete:
-        raise CorpusError(f"{path}: packing has not come to its end; start it again to go on")
     return header
 
 

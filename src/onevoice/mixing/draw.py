@@ -182,7 +182,7 @@ class Drawer:
         count = np.bincount(speech.speaker[long_enough], minlength=len(speech.speakers))
         self.start = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
         self.speakers = np.flatnonzero(count)
-        self.base = np.unique(speech.base_of_speaker[self.speakers], return_inverse=True)[1].astype(np.int64)
+        self.base = np.unique(speech.person_of_speaker[self.speakers], return_inverse=True)[1].astype(np.int64)
 
     def draw(self, epoch: int, index: Indices) -> Plan:
         """Return the plan of the trials `index` of an epoch."""
@@ -298,27 +298,27 @@ class Drawer:
 
 
 def distinct_speakers(
-    draws: Float[np.ndarray, "batch count"], base_of_speaker: Int[np.ndarray, " speakers"]
+    draws: Float[np.ndarray, "batch count"], person_of_speaker: Int[np.ndarray, " speakers"]
 ) -> Int[np.ndarray, "batch count"]:
     """Return speakers for each row, each uniform over those who are not the same person as an earlier one.
 
-    `base_of_speaker` numbers the persons behind the speakers, who come one after the other. Columns beyond the
+    `person_of_speaker` numbers the persons behind the speakers, who come one after the other. Columns beyond the
     number of persons repeat some.
     """
-    first = np.searchsorted(base_of_speaker, np.arange(base_of_speaker[-1] + 2))
+    first = np.searchsorted(person_of_speaker, np.arange(person_of_speaker[-1] + 2))
     chosen: list[Indices] = []
     taken_first = np.empty((len(draws), 0), dtype=np.int64)
     taken_size = np.empty((len(draws), 0), dtype=np.int64)
     for draw in draws.T:
-        left = len(base_of_speaker) - taken_size.sum(axis=1)
+        left = len(person_of_speaker) - taken_size.sum(axis=1)
         speaker = (draw * left).astype(np.int64)
         for column in np.argsort(taken_first, axis=1).T:  # step over the people taken, the lowest first
             block, size = (
                 np.take_along_axis(part, column[:, None], axis=1)[:, 0] for part in (taken_first, taken_size)
             )
             speaker = np.where(speaker >= block, speaker + size, speaker)
-        speaker %= len(base_of_speaker)
-        person = base_of_speaker[speaker]
+        speaker %= len(person_of_speaker)
+        person = person_of_speaker[speaker]
         taken_first = np.column_stack([taken_first, first[person]])
         taken_size = np.column_stack([taken_size, first[person + 1] - first[person]])
         chosen.append(speaker)
