@@ -21,10 +21,17 @@ from cyclopts import App, CycloptsError
 from onevoice.config import to_dict
 from onevoice.errors import CheckpointError, ConfigError, OnevoiceError
 from onevoice.evaluation import demo
-from onevoice.extraction import pretrained
-from onevoice.extraction.checkpoint import Card, State, load_checkpoint, load_model, save_checkpoint
+from onevoice.extraction import checkpoint as checkpoints
+from onevoice.extraction.checkpoint import (
+    Card,
+    Published,
+    State,
+    load_checkpoint,
+    load_model,
+    read_registry,
+    save_checkpoint,
+)
 from onevoice.extraction.extractor import Extractor
-from onevoice.extraction.pretrained import Published, read_registry
 from onevoice.files import atomic_write, to_json
 from onevoice.models import Network
 
@@ -56,7 +63,7 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
             or a text in Markdown to be taken as it is.
     """
     registry = read_registry()
-    file, document = pretrained.WEIGHTS / f"{name}.safetensors", CARDS / f"{name}.md"
+    file, document = checkpoints.WEIGHTS / f"{name}.safetensors", CARDS / f"{name}.md"
     if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
         raise ConfigError(f"{name}: a name has small letters, digits, and points or hyphens between them")
     for path in (file, document):
@@ -88,9 +95,9 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
     atomic_write(document, text.encode())
     atomic_write(file, data)
     entry = replace(registry, default=name, weights={**registry.weights, name: published})
-    atomic_write(pretrained.WEIGHTS / pretrained.REGISTRY, to_json(to_dict(entry)))
+    atomic_write(checkpoints.WEIGHTS / checkpoints.REGISTRY, to_json(to_dict(entry)))
     print(published.line(name), rounding, sep="\n")
-    print(f"written: {file}, {document} ({text.count(GAP)} gaps to fill), {pretrained.WEIGHTS / pretrained.REGISTRY}")
+    print(f"written: {file}, {document} ({text.count(GAP)} gaps to fill), {checkpoints.WEIGHTS / checkpoints.REGISTRY}")
 
 
 def slim(state: State, card: Card, path: Path) -> tuple[State, Card]:

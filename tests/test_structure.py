@@ -35,7 +35,7 @@ DOORS = {
     "soundfile": {"audio"},
     "soxr": {"audio"},
     "safetensors": {"extraction.checkpoint"},
-    "huggingface_hub": {"extraction.pretrained"},
+    "huggingface_hub": {"extraction.checkpoint"},
     "pesq": {"evaluation.metrics"},
     "pystoi": {"evaluation.metrics"},
     "fast_bss_eval": {"evaluation.metrics"},

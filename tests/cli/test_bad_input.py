@@ -414,7 +414,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (empty, "not a readable checkpoint"),
     "text": (text, "not a readable checkpoint"),
     "cut": (cut, "not a readable checkpoint"),
-    "other program": (other_program, "it belongs to another program"),
+    "other program": (other_program, "another program wrote it"),
     "other sizes": (weights_of_other_sizes, "belongs to another model"),
 }
 
@@ -560,7 +560,7 @@ def test_opus_at_a_rate_it_does_not_know(home: Home, capsys: pytest.CaptureFixtu
     fails(capsys, home, arguments, "out.opus: cannot be encoded at 11025 Hz", "use .wav or .flac")
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("file/r.json", "cannot be written"), ("r.csv", "end the name")])
+@pytest.mark.parametrize(("name", "complaint"), [("file/r.json", "cannot be written"), ("r.csv", "must end in .json")])
 def test_places_for_the_report(home: Home, capsys: pytest.CaptureFixture[str], name: str, complaint: str) -> None:
     (home.folder / "file").write_text("x")
     before = home.files()

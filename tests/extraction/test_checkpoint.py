@@ -124,7 +124,7 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
     "facts are a number": (lambda: with_card(facts=3), "its card is damaged"),
     "broken card": (lambda: save({"a": torch.zeros(1)}, metadata={CARD_KEY: "{"}), "its card is damaged"),
     "card is a list": (lambda: save({"a": torch.zeros(1)}, metadata={CARD_KEY: "[1]"}), "its card is damaged"),
-    "foreign": (lambda: save({"a": torch.zeros(1)}), "has no onevoice card; it belongs to another program"),
+    "foreign": (lambda: save({"a": torch.zeros(1)}), "has no onevoice card, so another program wrote it"),
     "text": (lambda: b"Hello, this is text.\n", "not a readable checkpoint"),
     "empty": (lambda: b"", "not a readable checkpoint"),
     "header cut": (lambda: with_card()[:100], "not a readable checkpoint"),
@@ -150,9 +150,9 @@ def test_no_file(tmp_path: Path) -> None:
 def test_strictness_names_what_does_not_fit(tmp_path: Path, model: Network) -> None:
     state = model.state_dict()
     missing = {name: value for name, value in state.items() if name != "classifier.bias"}
-    with pytest.raises(CheckpointError, match=r"^x: .*: lacks classifier\.bias$"):
+    with pytest.raises(CheckpointError, match=r"^x: .*: classifier\.bias is missing$"):
         load_state(model, missing, "x")
-    with pytest.raises(CheckpointError, match=r"has extra too many$"):
+    with pytest.raises(CheckpointError, match=r"extra is unknown to the model$"):
         load_state(model, {**state, "extra": torch.zeros(1)}, "x")
     with pytest.raises(CheckpointError, match=r"classifier\.bias is \(9,\), not \(4,\)$"):
         load_state(model, {**state, "classifier.bias": torch.zeros(9)}, "x")
@@ -190,7 +190,7 @@ def pickled(content: Any) -> bytes:
 )
 def test_pth_without_weights(tmp_path: Path, content: dict[str, Any]) -> None:
     (tmp_path / "a.pth").write_bytes(pickled(content))
-    with pytest.raises(CheckpointError, match=r"a\.pth: holds no 'state_dict' of tensors"):
+    with pytest.raises(CheckpointError, match=r"a\.pth: has no 'state_dict' of tensors"):
         load_weights(tmp_path / "a.pth")
 
 

@@ -22,9 +22,8 @@ from onevoice.audio import read_audio
 from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.evaluation.demo import SAMPLES, Demo, run
 from onevoice.evaluation.metrics import si_sdr
-from onevoice.extraction import pretrained
-from onevoice.extraction.checkpoint import load_checkpoint, load_model
-from onevoice.extraction.pretrained import read_registry, resolve
+from onevoice.extraction import checkpoint as checkpoints
+from onevoice.extraction.checkpoint import load_checkpoint, load_model, read_registry, resolve
 
 
 def register(folder: Path, default: str | None, **weights: bytes) -> None:
@@ -48,7 +47,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "weights"
     folder.mkdir()
     register(folder, "tiny", old=b"old", tiny=save_tiny(tmp_path / "a.safetensors").read_bytes())
-    monkeypatch.setattr(pretrained, "WEIGHTS", folder)
+    monkeypatch.setattr(checkpoints, "WEIGHTS", folder)
     return folder
 
 
@@ -56,7 +55,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def unpublished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installation without weights."""
     register(tmp_path, None)
-    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
 
 
 # what this repository publishes
@@ -66,7 +65,7 @@ def test_published_weights_are_whole_and_have_their_card() -> None:
     """A published name never changes its bytes: the card keeps them too, for anyone to compare."""
     registry = read_registry()
     assert registry.default in registry.weights if registry.weights else registry.default is None
-    assert {path.stem for path in pretrained.WEIGHTS.glob("*.safetensors")} == registry.weights.keys()
+    assert {path.stem for path in checkpoints.WEIGHTS.glob("*.safetensors")} == registry.weights.keys()
     for name, entry in registry.weights.items():
         path = resolve(name)
         content = path.read_bytes()
@@ -123,9 +122,9 @@ def test_names_and_paths(published: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_unknown_names(published: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^tinny: no such .* \(there are: old, tiny\); did you mean tiny\?$"):
+    with pytest.raises(CheckpointError, match=r"^tinny: neither a checkpoint file nor .*; did you mean tiny\?$"):
         resolve("tinny")
-    with pytest.raises(CheckpointError, match=r"^spexplus: no such checkpoint file, nor .*\(there are: old, tiny\)$"):
+    with pytest.raises(CheckpointError, match=r"^spexplus: neither a checkpoint file .*; published names: old, tiny$"):
         resolve("spexplus")
 
 
@@ -133,7 +132,7 @@ def test_unknown_names(published: Path) -> None:
 def test_nothing_published(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CheckpointError, match="no weights come with this installation; name a checkpoint"):
         resolve()
-    with pytest.raises(CheckpointError, match=r"^tiny: no such checkpoint file, nor .*\(there are: none\)$"):
+    with pytest.raises(CheckpointError, match=r"^tiny: neither a checkpoint file nor .*; published names: none$"):
         resolve("tiny")
     assert command(capsys, "info").out == "no weights come with this installation\n"
 
@@ -216,7 +215,7 @@ def test_the_first_commands_of_the_readme(
 PROBE = """
 import json, sys
 from onevoice.errors import OnevoiceError
-from onevoice.extraction.pretrained import resolve
+from onevoice.extraction.checkpoint import resolve
 
 for spec in json.loads(sys.argv[1]):
     try:
@@ -246,14 +245,14 @@ EXPECTED = {
     "hf://lab/usual@main/a.safetensors": "a",
     "hf://lab/single": "best",
     "hf://lab/many/sub/c.safetensors": "c",
-    "hf://lab/many": "has no model.safetensors, nor one .safetensors file alone; its .safetensors files: a.safet",
-    "hf://lab/usual/d.safetensors": "has no d.safetensors; its .safetensors files: model.safetensors, a.safetensors",
+    "hf://lab/many": "has no model.safetensors and not exactly one other .safetensors file; name one of its files: a",
+    "hf://lab/usual/d.safetensors": "has no d.safetensors; name one of its files: model.safetensors, a.safetensors",
     "hf://lab/usual@v9": "the repository has no revision v9",
-    "hf://lab/gated": "asks for consent to its terms",
+    "hf://lab/gated": "you must accept its terms first",
     "hf://lab/nothing": "no such repository on the hub",
     "hf://lab": "write it as hf://OWNER/REPO",
     "hf://lab/usual/model.bin": "write it as hf://OWNER/REPO",
-    "hf://lab/..": "cannot be fetched",
+    "hf://lab/..": "cannot be downloaded",
 }
 
 
@@ -268,7 +267,7 @@ def test_the_hub(tmp_path: Path) -> None:
             assert answers[spec] == expected
     cached, missing = from_hub(["hf://lab/usual", "hf://lab/many/a.safetensors"], tmp_path, address, offline=1)
     assert cached == "usual"  # fetched once, it needs no network
-    assert re.match(r"CheckpointError: hf://lab/many/a\.safetensors: cannot be fetched from the hub", missing)
+    assert re.match(r"CheckpointError: hf://lab/many/a\.safetensors: cannot be downloaded from the hub", missing)
     assert "need no network" in missing
 
 
@@ -280,7 +279,7 @@ def test_without_network_it_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: pytest.fail("asked for a list"))
-    with pytest.raises(CheckpointError, match=r"^hf://a/b: cannot be fetched .* \(no network\); .* need no network"):
+    with pytest.raises(CheckpointError, match=r"^hf://a/b: cannot be downloaded .* \(no network\); .* need no network"):
         resolve("hf://a/b")
 
 

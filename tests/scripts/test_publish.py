@@ -19,9 +19,8 @@ from onevoice.audio import read_audio
 from onevoice.errors import CheckpointError, ConfigError
 from onevoice.evaluation import demo
 from onevoice.evaluation.metrics import si_sdr
-from onevoice.extraction import pretrained
-from onevoice.extraction.checkpoint import Card, load_checkpoint, load_model, save_checkpoint
-from onevoice.extraction.pretrained import read_registry, resolve
+from onevoice.extraction import checkpoint as checkpoints
+from onevoice.extraction.checkpoint import Card, load_checkpoint, load_model, read_registry, resolve, save_checkpoint
 from onevoice.models import SpExPlusConfig, build_model
 
 FACTS = {"step": 3, "data": {"pack": "/somewhere/of/mine/packs", "speeds": [0.9, "/a/b"], "snr_db": [-5, 5]}}
@@ -37,7 +36,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a checkpoint, its report, and nothing published."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "registry.json").write_text('{"default": null, "weights": {}}')
-    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(publish, "CARDS", tmp_path / "cards")
     state, _ = load_checkpoint(save_tiny(tmp_path / "best.safetensors"))
     save_checkpoint(tmp_path / "best.safetensors", state, Card(TINY, SPEAKERS, FACTS))

@@ -74,7 +74,7 @@ def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path, capsys
     done = command(capsys, "average", tmp_path / "mean.safetensors", checkpoints[0])
     assert (done.status, "needs two checkpoints or more" in done.err) == (2, True)
     done = command(capsys, "average", tmp_path / "mean", *checkpoints)
-    assert (done.status, "end the name of the checkpoint" in done.err) == (2, True)
+    assert (done.status, "mean: must end in .safetensors" in done.err) == (2, True)
     done = command(capsys, "average", tmp_path / "mean.safetensors", checkpoints[0], tmp_path / "none.safetensors")
     assert (done.status, "none.safetensors: no such checkpoint file" in done.err) == (2, True)
     assert not (tmp_path / "mean.safetensors").exists()

@@ -34,7 +34,7 @@ def train(
         set_: Override keys of the config, as a.b.c=VALUE.
     """
     from onevoice.config import load_config
-    from onevoice.extraction.pretrained import resolve
+    from onevoice.extraction.checkpoint import resolve
     from onevoice.training.distributed import group_of
     from onevoice.training.experiment import Experiment
     from onevoice.training.run import train as run
@@ -68,8 +68,9 @@ def average(output: Path, *checkpoints: Path) -> None:
         output: The checkpoint to write (.safetensors).
         checkpoints: Two or more checkpoints of one run, such as its epoch-NNNN.safetensors.
     """
-    from onevoice.extraction.checkpoint import average_checkpoints, save_checkpoint
+    from onevoice.extraction.checkpoint import save_checkpoint
     from onevoice.files import require_writable
+    from onevoice.training.optim import average_checkpoints
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output}: must end in .safetensors; the checkpoint to write comes first")

@@ -89,7 +89,7 @@ def info(checkpoint: str | None = None) -> None:
     Args:
         checkpoint: A published NAME, the PATH of a checkpoint, or hf://OWNER/REPO. Leave it out to get the list.
     """
-    from onevoice.extraction.pretrained import read_registry, resolve
+    from onevoice.extraction.checkpoint import read_registry, resolve
 
     if checkpoint is None:
         registry = read_registry()

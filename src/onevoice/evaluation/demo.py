@@ -6,10 +6,9 @@ from pathlib import Path
 
 from onevoice.audio import read_audio, write_audio
 from onevoice.evaluation.metrics import si_sdr, si_sdr_improvement
-from onevoice.extraction import pretrained
 from onevoice.extraction.extractor import Extractor, extract_file
 
-SAMPLES = Path(pretrained.__file__).parent / "samples"
+SAMPLES = Path(__file__).parents[1] / "extraction" / "samples"
 """`mixture.flac`, `enrollment.flac` of the wanted voice, and `target.flac`, that voice alone in the mixture."""
 
 

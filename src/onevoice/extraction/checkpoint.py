@@ -1,33 +1,46 @@
-"""Checkpoints: weights that carry their own description.
+"""Checkpoints: weights that carry their own description, found by name, by path or on the Hugging Face hub.
 
-A checkpoint is one `.safetensors` file. Its header holds a card: format number, model name and config, sample
-rate, the training speakers in the order of the classifier, and facts (package version, git commit, data, step,
-validation score). Reading it never runs code from the file; reading the original system's `.pth` files, a
-pickled dict with `state_dict`, is restricted to tensors and plain containers. Writing is atomic.
+A checkpoint is one `.safetensors` file. Its header holds a card: format number, model name and config, sample rate, the
+training speakers in the order of the classifier, and facts (package version, git commit, data, step, validation score).
+Reading it never runs code from the file. Files of the original system (`.pth`, a pickled dict with `state_dict`) can be
+read too, restricted to tensors and plain containers. Writing is atomic. What only resuming needs is in a second file,
+`<name>.resume.pt`, complete in itself, so that a crash between the two writes never mixes two moments of training.
 
-What only resuming needs stands in a second file, `<name>.resume.pt`, written by `save_resume`; that file is
-complete by itself, so that a crash between the two writes never mixes two moments of training.
+Weights are named by a spec:
+
+    NAME                                   weights published with onevoice, in `weights/NAME.safetensors`
+    PATH                                   a checkpoint file
+    hf://OWNER/REPO[@REVISION][/FILE]      a file on the Hugging Face hub, kept in its cache
+
+`weights/registry.json` lists the published names and the default. A published name never changes its bytes: every use
+compares them with the SHA-256 in the registry. `scripts/publish.py` adds weights; docs/models/README.md explains how.
 """
 
+import difflib
+import hashlib
+import importlib
 import io
 import json
 import pickle
+import re
 import subprocess
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import safetensors
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as section
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from onevoice.config import from_dict, to_dict
-from onevoice.errors import CheckpointError, ConfigError
+from onevoice.config import STRICT, from_dict, load_config, to_dict
+from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.files import atomic_write
 from onevoice.models import MODELS, ModelConfig, Network, build_model
 
@@ -35,16 +48,30 @@ FORMAT = 1
 CARD_KEY = "onevoice"
 State = dict[str, Tensor]
 
+WEIGHTS = Path(__file__).parent / "weights"
+"""The folder of the published weights and their registry."""
+
+REGISTRY = "registry.json"
+EXTENSIONS = (".safetensors", ".pth")
+"""A spec with one of these endings is a path, whether or not the file exists."""
+
+HUB = "hf://"
+HUB_FILE = "model.safetensors"
+_HUB_SPEC = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>[^@]+\.safetensors))?")
+
+
+# One checkpoint: what it holds, and how it is written and read
+
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of itself."""
+    """The description in the header of a checkpoint."""
 
     config: ModelConfig
     speakers: tuple[str, ...] = ()
     """The training speakers, in the order of the classifier."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Free facts about how the weights came to be: step, epoch, score, data, version, commit."""
+    """How the weights were made: step, epoch, score, data, version, commit. Any JSON values."""
 
     def to_json(self) -> str:
         """Return the card as the text of the header."""
@@ -60,13 +87,13 @@ class Card:
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None:
-    """Write weights and card to `path`, whole or not at all. Raises `StorageError`."""
+    """Write weights and card to `path`, atomically. Raises `StorageError`."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     atomic_write(path, save_tensors(tensors, metadata={CARD_KEY: card.to_json()}))
 
 
 def load_checkpoint(path: str | Path) -> tuple[State, Card]:
-    """Read the weights and the card of a `.safetensors` checkpoint; raises `CheckpointError`."""
+    """Read the weights and the card of a `.safetensors` checkpoint. Raises `CheckpointError`."""
     path = _existing(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -75,19 +102,18 @@ def load_checkpoint(path: str | Path) -> tuple[State, Card]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error}); copy it again") from error
     if CARD_KEY not in metadata:
-        raise CheckpointError(f"{path}: has no onevoice card; it belongs to another program")
+        raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
     return state, _read_card(metadata[CARD_KEY], path)
 
 
 def load_weights(path: str | Path) -> tuple[State, Card | None]:
-    """Read weights from a checkpoint, or from a `.pth` file of the original form, which has no card."""
+    """Read the weights of a checkpoint, or of a `.pth` file of the original system, which has no card."""
     path = _existing(path)
     if path.suffix == ".safetensors":
         return load_checkpoint(path)
-    content = load_pickled(path)
-    state = content.get("state_dict")
+    state = load_pickled(path).get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointError(f"{path}: holds no 'state_dict' of tensors; give a .safetensors checkpoint")
+        raise CheckpointError(f"{path}: has no 'state_dict' of tensors; give a .safetensors checkpoint")
     return {name.removeprefix("module."): value for name, value in state.items()}, None
 
 
@@ -96,15 +122,14 @@ def load_model(
 ) -> tuple[Network, Card]:
     """Build the network of a checkpoint with its weights, in evaluation mode, on `device`.
 
-    `config` is needed for `.pth` files, which do not say what they are, and is ignored otherwise. Weights stored in
-    16 bits become 32-bit ones.
+    `config` is only for `.pth` files, which do not say which model they are. 16-bit weights become 32-bit.
     """
     state, card = load_weights(path)
     if card is None:
         if config is None:
-            raise CheckpointError(f"{path}: does not say which model it is; name the model in a config (--c)")
+            raise CheckpointError(f"{path}: does not say which model it is; describe the model in a config (--config)")
         card = Card(config)
-    with warnings.catch_warnings():  # published networks have a classifier of no speakers
+    with warnings.catch_warnings():  # the classifier of published networks has no speakers
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = build_model(card.config)
     load_state(model, state, path)
@@ -112,14 +137,14 @@ def load_model(
 
 
 def load_state(model: Network, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Put `state` into `model`, every tensor of it; `CheckpointError` says what does not fit."""
-    wanted = model.state_dict()
-    problems = [f"lacks {name}" for name in wanted.keys() - state.keys()]
-    problems += [f"has {name} too many" for name in state.keys() - wanted.keys()]
+    """Load `state` into `model`, all of it or nothing. Raises `CheckpointError` naming what does not fit."""
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    problems += [f"{name} is unknown to the model" for name in state.keys() - expected.keys()]
     problems += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name].shape
+        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
     ]
     if problems:
         some = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
@@ -128,20 +153,20 @@ def load_state(model: Network, state: Mapping[str, Tensor], path: str | Path) ->
 
 
 def save_resume(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what resuming needs (tensors and plain values only), whole or not at all. Raises `StorageError`."""
+    """Write what resuming needs (tensors and plain values only) to `path`, atomically. Raises `StorageError`."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     atomic_write(path, buffer.getvalue())
 
 
 def resume_path(checkpoint: str | Path) -> Path:
-    """Return the file that holds the training state beside a checkpoint; itself when it is one already."""
+    """Return the path of the resume file beside a checkpoint; a resume file is returned unchanged."""
     checkpoint = Path(checkpoint)
     return checkpoint if checkpoint.name.endswith(".resume.pt") else checkpoint.with_suffix(".resume.pt")
 
 
 def load_pickled(path: str | Path) -> dict[str, Any]:
-    """Read a dict written by `torch.save` without running any code of it; raises `CheckpointError`.
+    """Read a dict written by `torch.save` without running any of its code. Raises `CheckpointError`.
 
     Objects of foreign classes (the original system pickled its config parser) become inert placeholders.
     """
@@ -152,10 +177,10 @@ def load_pickled(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not a readable checkpoint: holds code beside tensors, and nothing of it was run; "
+            f"{path}: not a readable checkpoint: it contains code, none of which was run; "
             "give a .safetensors file or a dict with 'state_dict'"
         ) from error
-    except Exception as error:  # torch raises a dozen types for the many ways in which a file can be broken
+    except Exception as error:  # torch raises a dozen types, one for each way in which a file can be broken
         reason = str(error).strip().split("\n")[0].split(". ")[0][:150] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason}); copy it again") from error
     if not isinstance(content, dict):
@@ -164,7 +189,7 @@ def load_pickled(path: str | Path) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    """Return the package version and, when run from its git checkout, the commit."""
+    """Return the package version, torch's version and, in a git checkout, the commit."""
     facts = {"onevoice": version("onevoice"), "torch": torch.__version__}
     root = Path(__file__).parents[3]
     if (root / ".git").exists():
@@ -179,7 +204,7 @@ def provenance() -> dict[str, str]:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
+        raise CheckpointError(f"{path}: no such checkpoint file; onevoice info lists the published ones")
     return path
 
 
@@ -194,15 +219,15 @@ def _read_card(text: str, path: Path) -> Card:
     if is_newer:
         raise CheckpointError(f"{path}: has format {number}, newer than this onevoice knows ({FORMAT}); upgrade it")
     if not is_known:
-        raise CheckpointError(f"{path}: holds a {name!r}; this onevoice knows {', '.join(MODELS)}")
+        raise CheckpointError(f"{path}: holds a {name!r}; this onevoice knows {', '.join(MODELS)}; upgrade it")
     try:
         return Card(from_dict(MODELS[name][0], config), speakers, facts)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: its card does not fit this onevoice ({error})") from error
+        raise CheckpointError(f"{path}: its card does not fit this onevoice ({error}); upgrade onevoice") from error
 
 
 def _placeholder(name: str) -> tuple[type, str]:
-    """Return an inert class to stand in for the global `name` of a pickle, and the name."""
+    """Return an inert class that stands in for the global `name` of a pickle, and the name."""
 
     class Foreign:
         def __new__(cls, *args: Any, **kwargs: Any) -> "Foreign":
@@ -215,30 +240,121 @@ def _placeholder(name: str) -> tuple[type, str]:
     return Foreign, name
 
 
-def average_checkpoints(paths: Sequence[str | Path]) -> tuple[State, Card]:
-    """Return the mean of the weights of checkpoints of one model, each weighing the same, and a card that lists them.
+# Where checkpoints come from: published with the package, on disk, on the hub
 
-    Sums are taken in float64. Counters are those of the first. Raises `CheckpointError` for unequal configs or
-    training speakers.
-    """
-    if len(paths) < 2:
-        raise CheckpointError(
-            "an average needs two checkpoints or more: onevoice average OUT A.safetensors B.safetensors"
+
+@section(frozen=True, config=STRICT)
+class Published:
+    """The entry of one published name in the registry."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """SHA-256 of the file."""
+    bytes: int
+    """Size of the file."""
+    parameters: int
+    """Number of weights."""
+    sample_rate: int
+    """The rate in Hz at which the network works."""
+    si_sdr_improvement_db: float
+    """Mean SI-SDRi on the trials that the model card names."""
+
+    def line(self, name: str) -> str:
+        """Return the line for a list of weights."""
+        return (
+            f"{name}  {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e6:.1f} MB, {self.sample_rate} Hz, "
+            f"SI-SDRi {self.si_sdr_improvement_db:.2f} dB"
         )
-    first, card = load_checkpoint(paths[0])
-    sums = {name: value.double() for name, value in first.items() if value.is_floating_point()}
-    sources = [_source(paths[0], card)]
-    for path in paths[1:]:
-        state, other = load_checkpoint(path)
-        if (other.config, other.speakers) != (card.config, card.speakers):
-            what = "another config" if other.config != card.config else "other training speakers"
-            raise CheckpointError(f"{path}: has {what} than {paths[0]}; average checkpoints of one run")
-        for name, total in sums.items():
-            total += state[name]
-        sources.append(_source(path, other))
-    means = {name: (total / len(paths)).to(first[name].dtype) for name, total in sums.items()}
-    return {**first, **means}, Card(card.config, card.speakers, {"average_of": sources, **provenance()})
 
 
-def _source(path: str | Path, card: Card) -> dict[str, Any]:
-    return {"file": Path(path).name, "experiment": card.facts.get("experiment"), "step": card.facts.get("step")}
+@section(frozen=True, config=STRICT)
+class Registry:
+    """All published weights by name."""
+
+    default: str | None = None
+    """The name used when none is given."""
+    weights: dict[str, Published] = Field(default_factory=dict)
+
+
+def read_registry() -> Registry:
+    """Return the registry of this installation."""
+    return load_config(Registry, WEIGHTS / REGISTRY)
+
+
+def resolve(spec: str | Path | None = None) -> Path:
+    """Return the file that `spec` names: None names the default weights, and a `Path` is returned unchanged.
+
+    A published name wins over a file of the same name. A path need not exist; the loader checks that. Raises
+    `CheckpointError` for an unknown name, damaged weights or any problem on the hub, and `MissingDependencyError` for a
+    hub spec without huggingface_hub.
+    """
+    if isinstance(spec, Path):
+        return spec
+    if spec is not None and spec.startswith(HUB):
+        return _from_hub(spec)
+    registry = read_registry()
+    name = registry.default if spec is None else spec
+    if name is None:
+        raise CheckpointError("no weights come with this installation; name a checkpoint with --pretrained PATH")
+    if name in registry.weights:
+        return _published_file(name, registry.weights[name])
+    path = Path(name)
+    if path.suffix in EXTENSIONS or path.name != name or path.is_file():
+        return path
+    near = difflib.get_close_matches(name, registry.weights, 1)
+    hint = f"did you mean {near[0]}?" if near else f"published names: {', '.join(registry.weights) or 'none'}"
+    raise CheckpointError(f"{name}: neither a checkpoint file nor the name of published weights; {hint}")
+
+
+def _published_file(name: str, published: Published) -> Path:
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing from this installation; install onevoice again")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != published.sha256:
+        raise CheckpointError(
+            f"{path}: damaged (SHA-256 {found[:12]}…, published as {published.sha256[:12]}…); install onevoice again"
+        )
+    return path
+
+
+def _from_hub(spec: str) -> Path:
+    parts = _HUB_SPEC.fullmatch(spec)
+    if parts is None:
+        raise CheckpointError(f"{spec}: write it as hf://OWNER/REPO[@REVISION][/FILE.safetensors]")
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        errors = importlib.import_module("huggingface_hub.errors")
+    except ImportError as error:
+        raise MissingDependencyError(f'{spec}: needs huggingface_hub: pip install "onevoice[hub]"') from error
+    try:
+        return _download(hub, errors, parts["repo"], parts["revision"], parts["file"])
+    except errors.GatedRepoError as error:
+        reason = "you must accept its terms first; do so on the hub's page, then log in (hf auth login)"
+        raise CheckpointError(f"{spec}: {reason}") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "no such repository on the hub, or a private one; check the name, or log in (hf auth login)"
+        raise CheckpointError(f"{spec}: {reason}") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{spec}: the repository has no revision {parts['revision']}; check it") from error
+    except (OSError, errors.EntryNotFoundError, errors.HFValidationError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:150]
+        raise CheckpointError(
+            f"{spec}: cannot be downloaded from the hub and is not in its cache ({cause}); "
+            "weights that come with onevoice need no network (onevoice info lists them)"
+        ) from error
+
+
+def _download(hub: Any, errors: Any, repo: str, revision: str | None, file: str | None) -> Path:
+    """Return `file` in the hub's cache; by default `model.safetensors`, or the only .safetensors file."""
+    try:
+        return Path(hub.hf_hub_download(repo, file or HUB_FILE, revision=revision))
+    except errors.LocalEntryNotFoundError:
+        raise
+    except errors.EntryNotFoundError as error:
+        found = [each for each in hub.list_repo_files(repo, revision=revision) if each.endswith(".safetensors")]
+        if file is None and len(found) == 1:
+            return Path(hub.hf_hub_download(repo, found[0], revision=revision))
+        wanted = f"no {file}" if file else f"no {HUB_FILE} and not exactly one other .safetensors file"
+        has = ", ".join(found) or "none"
+        raise CheckpointError(f"{HUB}{repo}: has {wanted}; name one of its files: {has}") from error

@@ -23,8 +23,7 @@ from torch import Tensor
 from onevoice.audio import Mono, read_audio, require_finite, require_sound, resample, to_mono, write_audio
 from onevoice.devices import pick_device
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
-from onevoice.extraction.checkpoint import Card, load_model
-from onevoice.extraction.pretrained import resolve
+from onevoice.extraction.checkpoint import Card, load_model, resolve
 from onevoice.models import Batch, ModelConfig, Network, to_network
 
 MIN_ENROLLMENT_SECONDS = 0.5
@@ -87,7 +86,7 @@ class Extractor:
 
 
 def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
-    """Load weights for use: a published name, a path or `hf://OWNER/REPO` (`pretrained`), or the default.
+    """Load weights for use: a published name, a path or `hf://OWNER/REPO` (`checkpoint.resolve`), or the default.
 
     `config` names the model for `.pth` files, which do not. Raises `CheckpointError`, and `ConfigError` for a device
     that torch does not know or has not got.

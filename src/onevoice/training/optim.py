@@ -1,6 +1,8 @@
-"""Optimizers and learning-rate schedulers, from their configs."""
+"""Optimizers and learning-rate schedulers from their configs, and averages of weights."""
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from onevoice.errors import CheckpointError
+from onevoice.extraction.checkpoint import Card, State, load_checkpoint, provenance
 from onevoice.models import Network
 from onevoice.training.experiment import AdamConfig, OneCycleConfig, PlateauConfig, SchedulerConfig, StableConfig
 
@@ -128,3 +132,32 @@ class RunningAverage:
         """Take up a saved average."""
         self.updates.copy_(state["updates"])
         self.model.load_state_dict(state["model"])
+
+
+def average_checkpoints(paths: Sequence[str | Path]) -> tuple[State, Card]:
+    """Return the mean of the weights of checkpoints of one run, and a card that lists them.
+
+    Sums are taken in float64; integer values are those of the first. Raises `CheckpointError` unless all have the same
+    config and training speakers.
+    """
+    if len(paths) < 2:
+        raise CheckpointError(
+            "an average needs two checkpoints or more: onevoice average OUT A.safetensors B.safetensors"
+        )
+    first, card = load_checkpoint(paths[0])
+    sums = {name: value.double() for name, value in first.items() if value.is_floating_point()}
+    sources = [_source(paths[0], card)]
+    for path in paths[1:]:
+        state, other = load_checkpoint(path)
+        if (other.config, other.speakers) != (card.config, card.speakers):
+            what = "another config" if other.config != card.config else "other training speakers"
+            raise CheckpointError(f"{path}: has {what} than {paths[0]}; average checkpoints of one run")
+        for name, total in sums.items():
+            total += state[name]
+        sources.append(_source(path, other))
+    means = {name: (total / len(paths)).to(first[name].dtype) for name, total in sums.items()}
+    return {**first, **means}, Card(card.config, card.speakers, {"average_of": sources, **provenance()})
+
+
+def _source(path: str | Path, card: Card) -> dict[str, Any]:
+    return {"file": Path(path).name, "experiment": card.facts.get("experiment"), "step": card.facts.get("step")}
