@@ -1,14 +1,15 @@
-"""How fast mixtures are made, per core: `onevoice` against a straightforward loop with pyloudnorm.
+"""How fast mixtures are made, per core: `onevoice` against a plain loop with pyloudnorm.
 
     python benchmarks/mix_speed.py [--corpus DIR] [--trials 30] [--repeats 5]
 
-Both render the same draws by the same law and write the same files in one process. Reading is the same; the loop
-filters by scipy inside pyloudnorm, finds silence frame by frame, and writes by soundfile. Runs alternate, the table
-gives medians. Without a corpus, toy voices of 6–16 s at 16 kHz are written to a temporary folder. `onevoice` keeps
-its cache of decoded files switched off here, as in a corpus far larger than the cache.
+Both render the same draws by the same mixing law and write the same files in one process. The loop filters with scipy
+inside pyloudnorm, finds silence frame by frame, and writes with soundfile. Runs alternate; the table gives medians.
+Without a corpus, toy voices of 6–16 s at 16 kHz are written to a temporary folder. The cache of decoded files is off,
+as if the corpus were far larger than the cache.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -25,9 +26,10 @@ from plain_mixing import plain_trial
 from voices import Voice
 
 from onevoice.audio import write_audio
-from onevoice.corpus.listing import Speaker, scan
-from onevoice.mixing import generator as mixture
-from onevoice.mixing.law import MixingLaw, draw_trial
+from onevoice.corpus.listing import scan
+from onevoice.mixing import generator
+from onevoice.mixing.folder import TrialWriter
+from onevoice.mixing.law import MixingLaw, SpeakerRecordings, draw_trial
 
 SEED = 0
 
@@ -40,19 +42,19 @@ def toy_corpus(root: Path, sample_rate: int = 16000) -> Path:
     return root
 
 
-def by_onevoice(speakers: list[Speaker], root: Path, law: MixingLaw, trials: int) -> Callable[[Path], int]:
+def by_onevoice(speakers: list[SpeakerRecordings], root: Path, law: MixingLaw, trials: int) -> Callable[[Path], int]:
     def run(out: Path) -> int:
-        writer = mixture.TrialWriter(speakers, root, out, law, SEED)
+        writer = TrialWriter(out, functools.partial(generator.TrialMaker, speakers, root, law, SEED))
         return sum(len(writer(index).rows) for index in range(trials))
 
     return run
 
 
-def by_plain_loop(speakers: list[Speaker], law: MixingLaw, trials: int) -> Callable[[Path], int]:
+def by_plain_loop(speakers: list[SpeakerRecordings], law: MixingLaw, trials: int) -> Callable[[Path], int]:
     def run(out: Path) -> int:
         written = 0
         for index in range(trials):
-            for attempt in range(mixture.MAX_ATTEMPTS):
+            for attempt in range(generator.MAX_ATTEMPTS):
                 draw = draw_trial(speakers, SEED, index, attempt, law.snr_levels)
                 triples = plain_trial(draw, law)
                 for number, triple in enumerate(triples):
@@ -80,9 +82,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(mixture, "CACHED_SOURCES", 0):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(generator, "CACHED_UTTERANCES", 0):
         root = options.corpus or toy_corpus(Path(folder))
-        speakers = scan(root)
+        speakers = generator.to_recordings(scan(root))
         print(f"{'mode':10}{'trials':>8}{'mixtures':>10}{'onevoice':>12}{'plain loop':>12}{'ratio':>8}")
         print(f"{'':28}{'trials/s':>12}{'trials/s':>12}")
         for name, law in (("training", MixingLaw(trim_db=20.0)), ("test", MixingLaw(full_length=True))):

@@ -1,6 +1,6 @@
-"""Make the sample recordings of `onevoice demo` with two voices of flite: python3 scripts/make_samples.py [FOLDER].
+"""Make the sample recordings of `onevoice demo` with two flite voices: python3 scripts/make_samples.py [FOLDER].
 
-Flite (github.com/festvox/flite, `apt install flite`) gives the same samples at each run of the same version.
+Flite (github.com/festvox/flite, `apt install flite`) returns the same samples at each run of the same version.
 """
 
 import subprocess
@@ -13,20 +13,20 @@ import numpy as np
 from onevoice.audio import Mono, read_audio, write_audio
 from onevoice.evaluation.demo import SAMPLES
 from onevoice.mixing.law import ENROLLMENT_LUFS, mix_at_snr, pad_to_longest, shared_gain
-from onevoice.mixing.levels import loudness_gain, trim
+from onevoice.mixing.levels import loudness_gain, trim_silence
 
 TARGET, INTERFERER = "slt", "rms"
-"""A woman's and a man's voice."""
+"""The voices of a woman and a man."""
 
-SAID = (
+TARGET_TEXT = (
     "The ferry leaves the island at seven in the morning, and the first passengers are always the bakers, "
     "who carry warm bread to the market."
 )
-SAID_MEANWHILE = (
+INTERFERER_TEXT = (
     "My brother keeps four old radios in the kitchen, and each is tuned to another station, "
     "so breakfast is never quiet."
 )
-ENROLLED = (
+ENROLLMENT_TEXT = (
     "Please turn left at the stone bridge, follow the river for a mile, and ask for the house with the green door."
 )
 
@@ -34,23 +34,23 @@ SNR_DB = 0.0
 
 
 def say(voice: str, text: str) -> tuple[Mono, int]:
-    """Return what flite says, without the silence around it, and its rate in Hz."""
+    """Return the speech that flite makes, without the silence around it, and its rate in Hz."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "said.wav"
         subprocess.run(["flite", "-voice", voice, "-t", text, "-o", str(path)], check=True)
         samples, rate = read_audio(path)
-    return trim(samples, 40.0), rate
+    return trim_silence(samples, 40.0), rate
 
 
 def make_samples(folder: Path) -> None:
     """Write mixture.flac, target.flac and enrollment.flac."""
-    target, rate = say(TARGET, SAID)
-    interferer, interferer_rate = say(INTERFERER, SAID_MEANWHILE)
+    target, rate = say(TARGET, TARGET_TEXT)
+    interferer, interferer_rate = say(INTERFERER, INTERFERER_TEXT)
     assert rate == interferer_rate
     target, interferer = pad_to_longest(target, interferer)
     mixture, _ = mix_at_snr(target, interferer, SNR_DB)
     gain = np.float32(shared_gain(mixture, target, rate)[0])
-    enrollment, _ = say(TARGET, ENROLLED)
+    enrollment, _ = say(TARGET, ENROLLMENT_TEXT)
     enrollment = enrollment * np.float32(loudness_gain(enrollment, rate, ENROLLMENT_LUFS))
     for name, sound in (("mixture", mixture * gain), ("target", target * gain), ("enrollment", enrollment)):
         write_audio(folder / f"{name}.flac", sound, rate)

@@ -1,7 +1,7 @@
-"""The mixing law once more, written straight down: pyloudnorm for loudness, frames for silence, one file at a time.
+"""The mixing law once more, as a plain script: pyloudnorm for loudness, frames for silence, one file at a time.
 
-The oracle of `test_mixing_law.py` and the baseline of `benchmarks/mix_speed.py`. Of the package it takes only the
-draw and the settings.
+The reference of `mixing/test_law.py` and the baseline of `benchmarks/mix_speed.py`. It uses only the draw and the
+settings of the package.
 """
 
 from pathlib import Path
@@ -11,17 +11,17 @@ import pyloudnorm
 import soundfile
 import soxr
 
-from onevoice.mixing.law import Draw, MixingLaw
+from onevoice.mixing.law import DrawnTrial, MixingLaw
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def plain_trial(draw: Draw, law: MixingLaw) -> list[Triple]:
-    """Return (mixture, target, enrollment) of each segment; empty where the law wants another draw."""
+def plain_trial(draw: DrawnTrial, law: MixingLaw) -> list[Triple]:
+    """Return (mixture, target, enrollment) of each segment; empty if the law draws again."""
     rate, meter = law.sample_rate, pyloudnorm.Meter(law.sample_rate)
     target, interferer, enrollment = (
-        normalised(read(path, rate), meter, level)
-        for path, level in ((draw.target, -29.0), (draw.interferer, -29.0), (draw.references[0], -23.0))
+        normalized(read(recording.path, rate), meter, level)
+        for recording, level in ((draw.target, -29.0), (draw.interferer, -29.0), (draw.references[0], -23.0))
     )
     if law.trim_db is not None:
         target, interferer, enrollment = (trimmed(each, law.trim_db) for each in (target, interferer, enrollment))
@@ -33,7 +33,7 @@ def plain_trial(draw: Draw, law: MixingLaw) -> list[Triple]:
         pairs = [(np.pad(target, (0, length - len(target))), np.pad(interferer, (0, length - len(interferer))))]
     else:
         if law.vad_db is not None:
-            target, interferer = voiced(target, law.vad_db), voiced(interferer, law.vad_db)
+            target, interferer = without_silence(target, law.vad_db), without_silence(interferer, law.vad_db)
         length = round(law.segment_seconds * rate)
         count = min(len(target), len(interferer)) // length
         pairs = [
@@ -50,7 +50,7 @@ def read(path: Path, rate: int) -> np.ndarray:
     return samples - samples.mean()
 
 
-def normalised(samples: np.ndarray, meter: pyloudnorm.Meter, level: float) -> np.ndarray:
+def normalized(samples: np.ndarray, meter: pyloudnorm.Meter, level: float) -> np.ndarray:
     return samples * 10 ** ((level - meter.integrated_loudness(samples)) / 20)
 
 
@@ -62,17 +62,17 @@ def mixed(target: np.ndarray, interferer: np.ndarray, snr_db: float, meter: pylo
     return gain * mixture, gain * target
 
 
-def sounding(samples: np.ndarray, top_db: float) -> np.ndarray:
+def is_sound(samples: np.ndarray, top_db: float) -> np.ndarray:
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(samples, 1024), 2048)[::512]
     powers = np.mean(np.square(frames), axis=1)
     return 10 * np.log10(np.maximum(powers, 1e-20) / powers.max()) > -top_db
 
 
 def trimmed(samples: np.ndarray, top_db: float) -> np.ndarray:
-    frames = np.nonzero(sounding(samples, top_db))[0]
+    frames = np.nonzero(is_sound(samples, top_db))[0]
     return samples[frames[0] * 512 : (frames[-1] + 1) * 512]
 
 
-def voiced(samples: np.ndarray, top_db: float) -> np.ndarray:
-    flags = sounding(samples, top_db)
+def without_silence(samples: np.ndarray, top_db: float) -> np.ndarray:
+    flags = is_sound(samples, top_db)
     return np.concatenate([samples[k * 512 : (k + 1) * 512] for k in np.nonzero(flags)[0]])

@@ -267,9 +267,9 @@ def no_folders(folder: Path) -> None:
 
 
 CORPORA: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing": (lambda folder: None, "no such folder"),
-    "a file": (lambda folder: folder.write_text("x"), "is a file"),
-    "empty": (no_folders, "holds no folders"),
+    "missing": (lambda folder: None, "no such file or folder"),
+    "a file": (lambda folder: folder.write_text("x"), "is not a corpus; name a folder"),
+    "empty": (no_folders, "put one folder per speaker there"),
     "one speaker": (one_speaker, "a mixture needs at least 2"),
     "one file": (one_file, "a mixture needs at least 2"),
     "one file each": (one_file_each, "no speaker has 2 files"),

@@ -154,7 +154,8 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 OPTIONS = {
-    "mix": "--count --snr --test --seed --workers --sample-rate --segment-seconds --vad-db --trim-db --pattern",
+    "mix": "--count --snr --test --seed --workers --sample-rate --segment-seconds --vad-db --trim-db --layout "
+    "--pattern",
     "train": "--config --c -c --resume --r -r --load -l --minutes --set -s",
     "eval": "--checkpoint --pretrained --r -r --config --c -c -t --batch-size -b --jobs -j --output -o --limit",
     "extract": "--pretrained --checkpoint --residual --device MIXTURE ENROLLMENT OUTPUT",
@@ -181,7 +182,7 @@ def test_scripts_and_command_are_one(verb: str) -> None:
         (["sing"], "sing: unknown command; choose one of "),
         (["evl"], "evl: unknown command; did you mean eval?"),
         (["corpus", "scn"], "scn: unknown command; did you mean scan?"),
-        (["mix"], "two folders, the corpus and the one to write"),
+        (["mix"], "one or more corpora and, last, the folder to write"),
         (["eval"], "--checkpoint: is missing; see onevoice eval --help"),
         (["extract", "a.wav", "b.wav"], "OUTPUT: is missing; see onevoice extract --help"),
         (["extract", "a", "b", "c", "d", "e"], "d e: too many arguments; see onevoice extract --help"),

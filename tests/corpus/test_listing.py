@@ -74,10 +74,10 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [
-        ([], "holds no folders"),
-        (["x.wav", "y.wav"], "put the files of each speaker into one folder"),
-        (["a/notes.txt"], "no sound file in any of its folders"),
-        (["SPEAKERS.TXT", "dev-clean/84/1/x.flac"], "top folder of LibriSpeech"),
+        ([], "holds no utterances in the layout 'folder'; put one folder per speaker there"),
+        (["x.wav", "y.wav"], "put one folder per speaker there"),
+        (["a/notes.txt"], r"1 files without a sound ending \(.*/a/notes.txt"),
+        (["a/talk.m4a"], r"\.m4a cannot be decoded; convert it"),
     ],
 )
 def test_a_folder_that_is_no_corpus(tmp_path: Path, names: list[str], complaint: str) -> None:
@@ -89,12 +89,22 @@ def test_a_folder_that_is_no_corpus(tmp_path: Path, names: list[str], complaint:
 
 def test_missing_folder_file_and_unmatched_pattern(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.wav")
-    with pytest.raises(CorpusError, match="no such folder"):
+    with pytest.raises(CorpusError, match="no such file or folder"):
         scan(tmp_path / "nowhere")
-    with pytest.raises(CorpusError, match="is a file"):
+    with pytest.raises(CorpusError, match=r"is not a corpus; name a folder, a \.tar, or a manifest"):
         scan(tmp_path / "a" / "x.wav")
-    with pytest.raises(CorpusError, match=r"matching '\*-norm.wav'"):
+    with pytest.raises(CorpusError, match=r"1 files not matching the pattern \(.*/a/x.wav"):
         scan(tmp_path, "*-norm.wav")
+
+
+def test_the_top_folder_of_librispeech_and_shards(tmp_path: Path) -> None:
+    touch(tmp_path / "top", "SPEAKERS.TXT", "dev-clean/84/1/84-1-0001.flac", "test-clean/61/2/61-2-0001.flac")
+    assert [speaker.id for speaker in scan(tmp_path / "top")] == ["61", "84"]
+    members = scan(shard(tmp_path / "x.tar", {"b/2.flac": sound(), "b/1.flac": sound(), "a/1.flac": sound()}))
+    assert [(speaker.id, [file.name for file in speaker.files]) for speaker in members] == [
+        ("a", ["x.tar:a/1.flac"]),
+        ("b", ["x.tar:b/1.flac", "x.tar:b/2.flac"]),
+    ]
 
 
 def test_speaker_is_a_value() -> None:

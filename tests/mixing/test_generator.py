@@ -14,20 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from corpora import shard
 from voices import Voice, make_corpus
 
 from onevoice.audio import read_audio
+from onevoice.cli import main
 from onevoice.corpus.listing import Speaker, scan
 from onevoice.errors import ConfigError, CorpusError, StorageError
 from onevoice.mixing.folder import MANIFEST, SETTINGS, SKIPPED
-from onevoice.mixing.generator import MixtureGenerator, Summary, summary_line
-from onevoice.mixing.law import SHORT_REFERENCE, SHORT_SOURCE, SILENT_FILE, UNREADABLE
+from onevoice.mixing.generator import MixingSummary, MixtureGenerator
+from onevoice.mixing.law import SHORT_REFERENCE, SHORT_UTTERANCE, SILENT_FILE, UNREADABLE
 
 RATE = 8000
 Folder = dict[str, bytes]
 
 
-def generate(corpus: Path, out: Path, count: int = 12, seed: int = 1, test: bool = False, **options: object) -> Summary:
+def generate(
+    corpus: Path, out: Path, count: int = 12, seed: int = 1, test: bool = False, **options: object
+) -> MixingSummary:
     generator = MixtureGenerator(scan(corpus), out, nfiles=count, test=test, randomState=seed, sample_rate=RATE)
     return generator.generate_mixes(**{"num_workers": 1, "audioLen": 1, **options})
 
@@ -103,6 +107,63 @@ def test_the_order_of_speakers_and_files_does_not_matter(made: Path, corpus: Pat
     assert content(tmp_path) == content(made)
 
 
+def as_shard(corpus: Path, folder: Path) -> Path:
+    files = sorted(corpus.rglob("*.flac"), reverse=True)  # the order in the shard does not matter
+    return shard(folder / "all.tar", {path.relative_to(corpus).as_posix(): path.read_bytes() for path in files})
+
+
+def as_manifest(corpus: Path, folder: Path) -> Path:
+    rows = [f"{path},{path.relative_to(corpus).parts[0]}" for path in corpus.rglob("*.flac")]
+    (folder / "all.csv").write_text("\n".join(["path,speaker", *rows]))
+    return folder / "all.csv"
+
+
+def as_links(corpus: Path, folder: Path) -> Path:
+    """The parts of LibriSpeech, under a folder with its table of speakers; names of speakers are numbers there."""
+    for number, speaker in enumerate(sorted(corpus.iterdir())):
+        (folder / "top" / f"part{number % 2}").mkdir(parents=True, exist_ok=True)
+        (folder / "top" / f"part{number % 2}" / f"{number}").symlink_to(speaker)
+    (folder / "top" / "SPEAKERS.TXT").write_text("0 | F\n")
+    return folder / "top"
+
+
+def sounds(folder: Path) -> Folder:
+    """The written files; speakers have the numbers of `as_links`."""
+    return {name.replace("spk00", ""): data for name, data in content(folder).items() if name.endswith(".wav")}
+
+
+@pytest.mark.parametrize("place", [as_shard, as_manifest, as_links])
+def test_shards_manifests_and_layouts_give_the_trials_of_the_folder(
+    made: Path, corpus: Path, tmp_path: Path, place: Callable[[Path, Path], Path]
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    source = place(corpus, tmp_path / "corpus")
+    generate(source, tmp_path / "out", num_workers=2 if place is as_shard else 1)
+    assert sounds(tmp_path / "out") == sounds(made)
+    if place is as_shard:
+        expected = [f"all.tar:{row['target']}" for row in rows_of(made)]
+        assert [row["target"] for row in rows_of(tmp_path / "out")] == expected
+
+
+def test_the_command_mixes_several_corpora(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two speakers in a shard and two in a folder, and a file that is left out."""
+    parts = [tmp_path / "part0", tmp_path / "part1"]
+    for number, speaker in enumerate(sorted(corpus.iterdir())):
+        parts[number % 2].mkdir(exist_ok=True)
+        (parts[number % 2] / speaker.name).symlink_to(speaker)
+    (parts[0] / "other").mkdir()
+    (parts[0] / "other" / "talk.m4a").touch()
+    members = {f"{path.parts[-3]}/{path.name}": path.read_bytes() for path in sorted(parts[1].glob("*/*/*.flac"))}
+    tar = shard(tmp_path / "part1.tar", members)
+    options = ["--count", "8", "--seed", "1", "--workers", "1", "--sample-rate", str(RATE), "--segment-seconds", "1"]
+    main(["mix", str(parts[0]), str(tar), str(tmp_path / "out"), *options])
+    printed = capsys.readouterr()
+    assert "8 of 8 trials" in printed.out
+    assert "left out: 1 files, the first: part0/other/talk.m4a" in printed.err
+    used = {row[kind] for row in rows_of(tmp_path / "out") for kind in ("target_speaker", "interferer_speaker")}
+    assert used == {"spk000", "spk001", "spk002", "spk003"}
+
+
 def test_another_seed_is_another_set(made: Path, corpus: Path, tmp_path: Path) -> None:
     generate(corpus, tmp_path, seed=2)
     assert content(tmp_path).keys() != content(made).keys()
@@ -139,7 +200,7 @@ def test_a_damaged_folder_is_made_whole(
     for name, data in content(made).items():
         (tmp_path / name).write_bytes(data)
     damage(tmp_path)
-    assert generate(corpus, tmp_path) == Summary(**json.loads((made / SETTINGS).read_text())["summary"])
+    assert generate(corpus, tmp_path) == MixingSummary(**json.loads((made / SETTINGS).read_text())["summary"])
     assert content(tmp_path) == content(made)
 
 
@@ -225,12 +286,12 @@ def test_broken_files_are_replaced_and_named(corpus_with_faults: Path, tmp_path:
     named = {f"spk000/{name}" for name in ("text.wav", "empty.flac", "nan.wav", "zeros.wav")}
     assert set(summary.unusable) == {*named, "spk001/truncated.flac"}
     assert "NaN" in summary.unusable["spk000/nan.wav"]
-    assert set(summary.replaced) == {UNREADABLE, SILENT_FILE, SHORT_REFERENCE, SHORT_SOURCE}
+    assert set(summary.replaced) == {UNREADABLE, SILENT_FILE, SHORT_REFERENCE, SHORT_UTTERANCE}
     skipped = rows_of(tmp_path, SKIPPED)
     assert len(skipped) == sum(summary.replaced.values())
     used = {row[kind] for row in rows_of(tmp_path) for kind in ("target", "interferer", "enrollment")}
     assert not used & ({*summary.unusable} | {"spk000/short.wav"})
-    line = summary_line(summary)
+    line = str(summary)
     assert "\n" not in line
     for part in ("60 of 60 trials", UNREADABLE, SILENT_FILE, SHORT_REFERENCE, "5 unusable files"):
         assert part in line
@@ -257,7 +318,7 @@ def test_trials_that_cannot_be_drawn_are_given_up(tmp_path: Path) -> None:
         ([Speaker("a", (Path("x"), Path("y"))), Speaker("b", ())], "1 speakers"),
         ([Speaker("a", (Path("x"),)), Speaker("b", (Path("y"),))], "no speaker has 2 files"),
         ([Speaker("a", (Path("x"), Path("x"))), Speaker("b", (Path("y"),))], "no speaker has 2 files"),
-        ([Speaker("a", (Path("x"), Path("y")))] * 2, "stands twice"),
+        ([Speaker("a", (Path("x"), Path("y")))] * 2, "appears twice"),
         ([Speaker("a/b", (Path("x"), Path("y"))), Speaker("b", (Path("z"),))], "cannot be part of a file name"),
     ],
 )
@@ -285,9 +346,9 @@ def test_any_object_with_id_and_files_is_a_speaker(corpus: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"seed": 9}, "seed is 1 there and 9 now"),
-        ({"vad_db": None}, "vad_db is 20.0 there and None now"),
-        ({"count": 13}, "trials is 12 there and 13 now"),
+        ({"seed": 9}, "seed was 1 and is now 9"),
+        ({"vad_db": None}, "vad_db was 20.0 and is now None"),
+        ({"count": 13}, "trials was 12 and is now 13"),
     ],
 )
 def test_a_folder_with_another_run_is_refused(made: Path, corpus: Path, options: dict, complaint: str) -> None:

@@ -12,24 +12,26 @@ from voices import Voice
 
 from onevoice.audio import write_audio
 from onevoice.corpus.listing import Speaker, scan
+from onevoice.corpus.recordings import Recording
 from onevoice.errors import AudioError, ConfigError
+from onevoice.mixing.generator import to_recordings
 from onevoice.mixing.law import (
     SHORT_REFERENCE,
-    SHORT_SOURCE,
+    SHORT_UTTERANCE,
     SILENT_FILE,
     SILENT_SEGMENT,
     UNREADABLE,
-    Draw,
+    DrawnTrial,
+    LeveledUtterance,
     MixingLaw,
-    Rendered,
-    Source,
+    RenderedTrial,
     Unusable,
     cut_segments,
     draw_trial,
-    load_source,
+    load_utterance,
     mix_at_snr,
     pad_to_longest,
-    render,
+    render_trial,
     shared_gain,
 )
 
@@ -37,12 +39,18 @@ RATE = 8000
 LAW = MixingLaw(sample_rate=RATE)
 
 
-def rendered(draw: Draw, law: MixingLaw) -> Rendered:
-    return render(draw, law, lambda path: load_source(path, law))
+def rendered(draw: DrawnTrial, law: MixingLaw) -> RenderedTrial:
+    return render_trial(draw, law, lambda recording: load_utterance(recording, law))
 
 
-def draw_of(target: Path, interferer: Path, *references: Path, snr_db: float = 3.0) -> Draw:
-    return Draw(0, 0, "a", "b", target, interferer, references, snr_db)
+def recording(path: Path) -> Recording:
+    return Recording(path, str(path))
+
+
+def draw_of(target: Path, interferer: Path, *references: Path, snr_db: float = 3.0) -> DrawnTrial:
+    return DrawnTrial(
+        0, 0, "a", "b", recording(target), recording(interferer), tuple(map(recording, references)), snr_db
+    )
 
 
 def write(path: Path, samples: np.ndarray, subtype: str = "FLOAT") -> Path:
@@ -69,7 +77,7 @@ def utterances(tmp_path: Path) -> list[Path]:
     ids=["segments", "short-trimmed", "no-vad", "full", "full-resampled"],
 )
 def test_equals_the_plain_law(corpus: Path, law: MixingLaw) -> None:
-    speakers = scan(corpus)
+    speakers = to_recordings(scan(corpus))
     for index in range(4):
         draw = draw_trial(speakers, 7, index)
         expected, ours = plain_trial(draw, law), rendered(draw, law)
@@ -104,7 +112,7 @@ def test_levels_of_what_is_rendered(utterances: list[Path], full_length: bool, s
 
 def test_levels_and_offsets_of_the_files_do_not_matter(utterances: list[Path], tmp_path: Path) -> None:
     changed = [
-        write(tmp_path / f"changed{number}.wav", gain * load_source(path, LAW).samples + offset)
+        write(tmp_path / f"changed{number}.wav", gain * load_utterance(recording(path), LAW).samples + offset)
         for number, (path, gain, offset) in enumerate(zip(utterances, (0.01, 1.0, 0.2), (0.2, 0.0, -0.3), strict=True))
     ]
     before, after = rendered(draw_of(*utterances), LAW), rendered(draw_of(*changed), LAW)
@@ -157,7 +165,7 @@ def test_padding_appends_zeros_to_the_shorter() -> None:
 
 
 def test_a_draw_is_a_function_of_seed_index_and_attempt(corpus: Path) -> None:
-    speakers = scan(corpus)
+    speakers = to_recordings(scan(corpus))
     assert draw_trial(speakers, 1, 5, 2) == draw_trial(speakers, 1, 5, 2)
     others = [draw_trial(speakers, *place) for place in ((1, 5, 2), (2, 5, 2), (1, 6, 2), (1, 5, 3))]
     assert len({(draw.target, draw.interferer, draw.references) for draw in others}) > 2
@@ -169,10 +177,11 @@ def test_what_is_drawn() -> None:
         Speaker("two", (Path("t0"), Path("t1"))),
         Speaker("one", (Path("o0"),)),
     ]
+    speakers = to_recordings(speakers)
     draws = [draw_trial(speakers, 3, index, snr_levels=(-5.0, 0.0, 5.0)) for index in range(1500)]
     for draw in draws:
         assert draw.target not in draw.references
-        assert {path.name[0] for path in (draw.target, *draw.references)} == {draw.target_speaker[0]}
+        assert {each.name[0] for each in (draw.target, *draw.references)} == {draw.target_speaker[0]}
         assert draw.interferer.name[0] == draw.interferer_speaker[0] != draw.target_speaker[0]
         assert 1 <= len(draw.references) == len(set(draw.references)) <= 10
     targets = Counter(draw.target_speaker for draw in draws)
@@ -187,8 +196,8 @@ def test_short_and_broken_references_are_replaced(utterances: list[Path], tmp_pa
     silent = write(tmp_path / "silent.wav", np.zeros(RATE * 2))
     (broken := tmp_path / "broken.wav").write_text("not sound")
     trial = rendered(draw_of(target, interferer, short, silent, broken, good), LAW)
-    assert trial.enrollment_file == good
-    assert [(each.reason, each.file) for each in trial.passed_over] == [
+    assert trial.enrollment_recording.path == good
+    assert [(each.reason, each.recording.path) for each in trial.skipped] == [
         (SHORT_REFERENCE, short),
         (SILENT_FILE, silent),
         (UNREADABLE, broken),
@@ -202,7 +211,7 @@ def test_a_reference_is_measured_after_trimming(utterances: list[Path], tmp_path
     speech, pause = Voice.number(0).say(3, 0.5, RATE), np.zeros(RATE)
     padded = write(tmp_path / "padded.wav", np.concatenate([pause, speech, pause]))
     draw = draw_of(*utterances[:2], padded)
-    assert rendered(draw, LAW).enrollment_file == padded
+    assert rendered(draw, LAW).enrollment_recording.path == padded
     with pytest.raises(Unusable) as caught:
         rendered(draw, dataclasses.replace(LAW, trim_db=20.0))
     assert caught.value.rejections[0].reason == SHORT_REFERENCE
@@ -210,7 +219,7 @@ def test_a_reference_is_measured_after_trimming(utterances: list[Path], tmp_path
 
 def test_an_exact_second_of_reference_is_enough(utterances: list[Path], tmp_path: Path) -> None:
     second = write(tmp_path / "second.wav", Voice.number(0).say(3, 1.0, RATE))
-    assert rendered(draw_of(*utterances[:2], second), LAW).enrollment_file == second
+    assert rendered(draw_of(*utterances[:2], second), LAW).enrollment_recording.path == second
 
 
 def test_silent_segments_are_skipped_and_the_others_keep_their_numbers(utterances: list[Path], tmp_path: Path) -> None:
@@ -220,30 +229,48 @@ def test_silent_segments_are_skipped_and_the_others_keep_their_numbers(utterance
     target = write(tmp_path / "gap.wav", speech - speech.mean() / 1.5 * (speech != 0))
     trial = rendered(draw_of(target, *utterances[1:]), law)
     assert [(mixed.segment, mixed.start) for mixed in trial.mixed] == [(0, 0), (2, 2 * RATE)]
-    assert [(each.reason, each.file) for each in trial.passed_over] == [(SILENT_SEGMENT, target)]
+    assert [(each.reason, each.recording.path) for each in trial.skipped] == [(SILENT_SEGMENT, target)]
+
+
+@pytest.mark.parametrize("silent", ["target", "interferer"])
+@pytest.mark.parametrize(("dbfs", "kept"), [(-69.8, 2), (-70.2, 1)])
+def test_a_segment_below_minus_70_dbfs_is_silent(silent: str, dbfs: float, kept: int) -> None:
+    """Two segments of a 1 kHz tone, the second of one voice at `dbfs`; a sine has an RMS of its peak minus 3.01 dB."""
+    law = dataclasses.replace(LAW, vad_db=None, segment_seconds=1.0)
+    tone = np.sin(2 * np.pi * 1000 * np.arange(2 * RATE) / RATE).astype(np.float32)
+    levels = np.repeat([0.05, 10 ** (dbfs / 20) * np.sqrt(2)], RATE).astype(np.float32)
+    draw = draw_of(Path("target"), Path("interferer"), Path("reference"), snr_db=0.0)
+
+    def load(recording: Recording) -> LeveledUtterance:
+        return LeveledUtterance(levels * tone if recording.name == silent else np.float32(0.05) * tone, 0.0)
+
+    trial = render_trial(draw, law, load)
+    assert len(trial.mixed) == kept
+    skipped = [(SILENT_SEGMENT, silent, "at 1 s")] * (2 - kept)
+    assert [(each.reason, each.recording.name, each.detail) for each in trial.skipped] == skipped
 
 
 def test_sources_too_short_for_one_segment(utterances: list[Path], tmp_path: Path) -> None:
     short = write(tmp_path / "short.wav", Voice.number(0).say(3, 2.5, RATE))
     with pytest.raises(Unusable) as caught:
         rendered(draw_of(short, *utterances[1:]), LAW)
-    assert [(each.reason, each.file) for each in caught.value.rejections] == [(SHORT_SOURCE, short)]
+    assert [(each.reason, each.recording.path) for each in caught.value.rejections] == [(SHORT_UTTERANCE, short)]
     assert len(rendered(draw_of(short, *utterances[1:]), dataclasses.replace(LAW, full_length=True)).mixed) == 1
 
 
 @pytest.mark.parametrize("samples", [np.zeros(RATE * 4), np.full(RATE * 4, 0.5), 1e-6 * np.ones(3)])
 def test_silent_sources_are_refused(tmp_path: Path, samples: np.ndarray) -> None:
     with pytest.raises(Unusable) as caught:
-        load_source(write(tmp_path / "silent.wav", samples), LAW)
+        load_utterance(recording(write(tmp_path / "silent.wav", samples)), LAW)
     assert caught.value.rejections[0].reason == SILENT_FILE
 
 
 def test_inaudible_rumble_is_no_mixture() -> None:
     """A sum that only the K-weighting finds silent is skipped, not raised until it clips."""
     rumble = (0.001 * np.sin(2 * np.pi * 0.5 * np.arange(3 * RATE) / RATE)).astype(np.float32)
-    source = Source(rumble, 0.0)
+    utterance = LeveledUtterance(rumble, 0.0)
     with pytest.raises(Unusable) as caught:
-        render(draw_of(Path("t"), Path("i"), Path("r")), LAW, lambda _: source)
+        render_trial(draw_of(Path("t"), Path("i"), Path("r")), LAW, lambda _: utterance)
     assert caught.value.rejections[0].reason == SILENT_SEGMENT
 
 

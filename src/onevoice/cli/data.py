@@ -26,16 +26,17 @@ def mix(
     segment_seconds: float = 3.0,
     vad_db: float = 20.0,
     trim_db: float | None = None,
+    layout: str | None = None,
     pattern: str | None = None,
 ) -> None:
-    """Make mixtures with their targets and enrollments: onevoice mix CORPUS OUT.
+    """Make mixtures with their targets and enrollments: onevoice mix CORPUS... OUT.
 
-    CORPUS has one folder per speaker, with WAV, FLAC, Opus, Ogg or MP3 files at any depth, as LibriSpeech does.
-    OUT gets NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl. If interrupted, run it again with the
-    same options to resume. The same seed gives the same bytes for any number of workers.
+    A CORPUS is anything that `onevoice corpus pack` reads: a folder with one folder per speaker, a known corpus, a .tar
+    or a manifest. OUT gets NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl. If interrupted, run it
+    again with the same options to resume. The same seed gives the same bytes for any number of workers.
 
     Args:
-        corpus_and_out: The corpus and the folder to write; with --protocol, only the folder to write.
+        corpus_and_out: One or more corpora and, last, the folder to write; with --protocol, only the folder to write.
         protocol: Write the trials of a data set (LibriMix, WSJ0-2mix, …) instead. A JSON file; see docs/data.md.
         count: How many pairs of utterances to mix. A pair is cut into several training mixtures.
         snr: Levels of the target above the interferer in dB. Each trial draws one of them.
@@ -46,6 +47,7 @@ def mix(
         segment_seconds: Length of a training mixture in seconds.
         vad_db: In training mixtures, cut frames this many dB below the loudest frame.
         trim_db: Cut silence at both ends of all three files: frames this many dB below the loudest. Off by default.
+        layout: The layout of the corpora, if it is not recognized; see `onevoice corpus pack --help`.
         pattern: Use only files whose name matches, for example "*-norm.wav".
     """
     workers = workers or os.cpu_count() or 1
@@ -56,18 +58,22 @@ def mix(
 
         print(render_protocol(load_protocol(protocol), corpus_and_out[0], workers=workers))
         return
-    if len(corpus_and_out) != 2:
-        raise ConfigError("mix takes two folders, the corpus and the one to write: onevoice mix CORPUS OUT")
-    from onevoice.corpus.listing import scan as list_speakers
-    from onevoice.mixing.generator import MixtureGenerator, summary_line
+    if len(corpus_and_out) < 2:
+        raise ConfigError("mix takes one or more corpora and, last, the folder to write: onevoice mix CORPUS... OUT")
+    from onevoice.corpus.listing import files_by_speaker, list_corpus
+    from onevoice.mixing.generator import MixtureGenerator
 
-    corpus, out = corpus_and_out
-    if out.resolve().is_relative_to(corpus.resolve()):
-        raise ConfigError(
-            f"{out}: is inside the corpus {corpus}, where it would count as a speaker; name another folder"
-        )
+    *corpora, out = corpus_and_out
+    for corpus in corpora:
+        if out.resolve().is_relative_to(corpus.resolve()):
+            raise ConfigError(
+                f"{out}: is inside the corpus {corpus}, where it would count as a speaker; name another folder"
+            )
+    listed = list_corpus(corpora, layout=layout, pattern=pattern)
+    if listed.faults:
+        print(f"left out: {len(listed.faults)} files, the first: {listed.faults[0]}", file=sys.stderr)
     generator = MixtureGenerator(
-        list_speakers(corpus, pattern), out, nfiles=count, test=test, randomState=seed, sample_rate=sample_rate
+        files_by_speaker(listed), out, nfiles=count, test=test, randomState=seed, sample_rate=sample_rate
     )
     summary = generator.generate_mixes(
         snr_levels=snr,
@@ -76,7 +82,7 @@ def mix(
         vad_db=vad_db,
         audioLen=segment_seconds,
     )
-    print(summary_line(summary))
+    print(summary)
 
 
 corpus_app = App(

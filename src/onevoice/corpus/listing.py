@@ -6,7 +6,7 @@
     parts = split_speakers(corpus.speakers, {"train": 0.9, "validation": 0.1}, seed=0)
 
 Broken recordings are left out and named; `Corpus.require` refuses a corpus with too many. How corpora are laid out:
-`onevoice.corpus.layouts`. `scan` is the small sister for mixtures from files: a folder of speakers, nothing opened.
+`onevoice.corpus.layouts`. `scan` is the short form for mixtures from files.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import functools
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onevoice.audio import EXTENSIONS, require_sound
-from onevoice.corpus.layouts import entries, files, folders, list_source
+from onevoice.audio import require_sound
+from onevoice.corpus.layouts import list_source
 from onevoice.corpus.recordings import Fault, Listing, Recording, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
 from onevoice.processes import ordered_map
@@ -34,10 +34,10 @@ MAX_BROKEN = 0.01
 
 @dataclass(frozen=True)
 class Speaker:
-    """One speaker: the name of their folder and their sound files, sorted."""
+    """A speaker and their sound files, sorted: paths, or a `Recording` where the sound is a member of a tar shard."""
 
     id: str
-    files: tuple[Path, ...]
+    files: tuple[Path | Recording, ...]
 
 
 @dataclass(frozen=True)
@@ -218,27 +218,18 @@ def report(corpus: Corpus, show: int = 10) -> str:
 
 
 def scan(root: str | Path, pattern: str | None = None) -> list[Speaker]:
-    """Return the speakers below `root`, sorted by name, whatever order the file system lists them in.
+    """Return the speakers of one corpus with their files, for mixtures: `list_corpus` in its shortest form."""
+    return files_by_speaker(list_corpus([root], pattern=pattern))
 
-    Files count when their ending is one of `audio.EXTENSIONS` and, with `pattern`, when the end of their path
-    matches that glob (`*-norm.wav`, `clean/*.flac`). Linked folders are followed; names beginning with a dot
-    and folders without sound are passed over. Nothing is opened.
 
-    Raises `CorpusError` when there is no such folder or no speaker in it, and for the top folder of
-    LibriSpeech, whose first level is not speakers but parts.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        problem = "is a file" if root.exists() else "no such folder"
-        raise CorpusError(f"{root}: {problem}; name a folder that holds one folder per speaker")
-    if (root / "SPEAKERS.TXT").exists():
-        raise CorpusError(f"{root}: is the top folder of LibriSpeech; name one of its parts, such as train-clean-100")
-    names = folders(root)
-    speakers = [Speaker(folder.name, tuple(sorted(_sounds(folder, pattern)))) for folder in names]
-    found = [speaker for speaker in speakers if speaker.files]
-    if not found:
-        raise CorpusError(f"{root}: {_why_empty(root, bool(names), pattern)}")
-    return found
+def files_by_speaker(corpus: Corpus) -> list[Speaker]:
+    """Return the speakers sorted by name, each with their files sorted by path and, in a tar shard, by name."""
+    speakers = []
+    for name, utterances in corpus.speakers.items():
+        sources = sorted((each.source for each in utterances), key=lambda source: (source.path, source.name))
+        files = tuple(source.path if source.size is None else source for source in sources)
+        speakers.append(Speaker(name, files))
+    return speakers
 
 
 class _Examiner:
@@ -292,18 +283,3 @@ def _passed_over(listings: Sequence[Listing]) -> tuple[tuple[int, str, str], ...
 def _shared_names(utterances: Iterable[Utterance]) -> int:
     names = Counter(utterance.id.removeprefix(f"{utterance.speaker}/") for utterance in utterances)
     return sum(count > 1 for count in names.values())
-
-
-def _sounds(folder: Path, pattern: str | None) -> Iterator[Path]:
-    for path in files(folder):
-        if path.suffix.lower() in EXTENSIONS and (pattern is None or path.match(pattern)):
-            yield path
-
-
-def _why_empty(root: Path, has_folders: bool, pattern: str | None) -> str:
-    if any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in entries(root)):
-        return "holds sound files but no folders of them; put the files of each speaker into one folder"
-    if not has_folders:
-        return "holds no folders; a corpus has one folder per speaker"
-    wanted = f"matching {pattern!r} " if pattern else ""
-    return f"no sound file {wanted}in any of its folders; known endings are {', '.join(EXTENSIONS)}"

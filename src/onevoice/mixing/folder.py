@@ -1,23 +1,28 @@
-"""The folder that mixtures are written to, and how a run that was interrupted goes on in it.
+"""Trials in a folder: one frame that makes, writes and counts them, and resumes an interrupted run.
 
     mixture.json     the settings and, when the run is complete, its summary
-    manifest.jsonl   one row for each written mixture, in the order of the trials: how it was made
-    skipped.jsonl    one row for each draw that was not used, and each trial given up: why
+    manifest.jsonl   one row per written mixture, in the order of the trials: how it was made
+    skipped.jsonl    one row per draw that was not used, and one per trial given up: why
 
-A trial's rows are appended after its files are in place, first to `skipped.jsonl`, then to `manifest.jsonl`. So the
-folder can be left at any moment: reading stops at the first line that is not whole, a trial whose rows or files are
-not all there is rendered again, and the finished folder holds the same bytes as one never interrupted.
+Two modules fill such folders: `mixing.generator` draws trials from a corpus, `trials.export` copies a data set.
+
+The rows of a trial are appended after its files are written, first to `skipped.jsonl`, then to `manifest.jsonl`. So a
+run can stop at any moment: reading ends at the first incomplete line, a trial with missing rows or files is made again,
+and the finished folder holds the same bytes as one that was never interrupted.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
+from onevoice.audio import Mono, write_audio
 from onevoice.errors import CorpusError
 from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_json, to_json_lines, whole_rows
 from onevoice.processes import ordered_map
@@ -26,21 +31,77 @@ SETTINGS = "mixture.json"
 MANIFEST = "manifest.jsonl"
 SKIPPED = "skipped.jsonl"
 GIVEN_UP = "given up"
-SUFFIXES = {"mixture": "-mixed.wav", "target": "-target.wav", "enrollment": "-ref.wav"}
+SUFFIXES = {"mixture": "-mixed", "enrollment": "-ref", "target": "-target"}
+"""What follows the name of a trial in the names of its three files."""
 WAV_HEADER_BYTES = 44
+
+
+class MadeMixture(NamedTuple):
+    """A mixture to write: its sounds, and its row, which has at least a `name`, a `sample_rate` and an `index`."""
+
+    row: Row
+    mixture: Mono
+    target: Mono
+    enrollment: Mono
+
+
+class MadeTrial(NamedTuple):
+    """A trial to write: its mixtures, and a row for each draw that was not used."""
+
+    mixtures: list[MadeMixture]
+    skipped: list[Row]
+
+
+MakeTrial = Callable[[int], MadeTrial]
+"""Makes a trial from its index."""
 
 
 @dataclass
 class Outcome:
-    """What became of one trial: a row per mixture, and a row per draw that was not used."""
+    """The record of one trial: a row per written mixture, and a row per draw that was not used."""
 
     index: int
     rows: list[Row] = field(default_factory=list)
     skipped: list[Row] = field(default_factory=list)
 
 
+@runtime_checkable
+class Counts(Protocol):
+    """A dataclass that counts the outcomes of a run."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more trial."""
+
+
+def write_trials(
+    folder: Path,
+    settings: Row,
+    start: Callable[[], MakeTrial],
+    counts: Counts,
+    workers: int,
+    update_steps: int = 10,
+) -> None:
+    """Write `settings["trials"]` trials to `folder`, or those that an interrupted run left, and count all of them.
+
+    `start()` returns in each process the function that makes a trial. The progress bar moves every `update_steps`
+    trials. The finished `counts` become the summary in `mixture.json`.
+
+    Raises `CorpusError` when the folder holds another run, `StorageError` when it cannot be written.
+    """
+    open_folder(folder, settings)
+    outcomes = _all_outcomes(
+        folder, settings["trials"], functools.partial(TrialWriter, folder, start), workers, update_steps
+    )
+    with contextlib.closing(outcomes):
+        for outcome in outcomes:
+            counts.add(outcome)
+    close_folder(folder, settings, asdict(counts))
+
+
 def open_folder(folder: Path, settings: Row) -> None:
-    """Start a run with these settings in `folder`, or find the one begun with them.
+    """Start a run with these settings in `folder`, or check that the run in it has the same.
 
     Raises `CorpusError` when another run is in the folder, `StorageError` when it cannot be written.
     """
@@ -51,49 +112,64 @@ def open_folder(folder: Path, settings: Row) -> None:
         atomic_write(path, to_json({**settings, "summary": None}))
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in settings if key != "corpus" and there[key] != settings[key]]
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key in settings if key != "corpus" and before[key] != settings[key]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(f"{path}: is not the record of a run; choose another folder or remove it") from error
     if differing:
-        changes = "; ".join(f"{key} is {there[key]} there and {settings[key]} now" for key in differing)
+        changes = "; ".join(f"{key} was {before[key]} and is now {settings[key]}" for key in differing)
         raise CorpusError(
-            f"{folder}: holds a run with other settings ({changes}); choose another folder, or remove it to start anew"
+            f"{folder}: holds a run with other settings ({changes}); choose another folder, or remove it to start over"
         )
 
 
 def close_folder(folder: Path, settings: Row, summary: Row) -> None:
-    """Record the summary of a complete run and remove what killed processes may have left half-written."""
-    for name in SUFFIXES.values():
-        for leftover in folder.glob(f".*{name}.*.part"):
+    """Record the summary of a complete run and remove half-written files of killed processes."""
+    for suffix in SUFFIXES.values():
+        for leftover in folder.glob(f".*{suffix}.wav.*.part"):
             leftover.unlink(missing_ok=True)
     atomic_write(folder / SETTINGS, to_json({**settings, "summary": summary}))
 
 
 def recover(folder: Path) -> dict[int, Outcome]:
-    """Return the trials in `folder` that are complete: all rows there, and all files of the size they say."""
+    """Return the complete trials in `folder`: all rows are there, and all files have the size in their row."""
     outcomes: dict[int, Outcome] = {}
-    for row in _own_rows(folder / MANIFEST):
+    for row in _valid_rows(folder / MANIFEST):
         outcomes.setdefault(row["index"], Outcome(row["index"])).rows.append(row)
-    for row in _own_rows(folder / SKIPPED):
+    for row in _valid_rows(folder / SKIPPED):
         outcomes.setdefault(row["index"], Outcome(row["index"])).skipped.append(row)
     return {index: outcome for index, outcome in outcomes.items() if _is_complete(folder, outcome)}
 
 
-def all_outcomes(
-    folder: Path, count: int, make: Callable[[], Callable[[int], Outcome]], workers: int, update_steps: int = 10
-) -> Generator[Outcome, None, None]:
-    """Yield the outcome of every trial in order, rendering and recording those that are not yet in `folder`.
+class TrialWriter:
+    """The work of one process: makes trials and writes their files as 16-bit WAV."""
 
-    `make()` gives each of the processes what renders a trial by its index and writes its files. The progress bar
-    moves every `update_steps` trials.
-    """
-    there = recover(folder)
-    missing = [index for index in range(count) if index not in there]
+    def __init__(self, folder: Path, start: Callable[[], MakeTrial]) -> None:
+        self.folder, self.make = folder, start()
+
+    def __call__(self, index: int) -> Outcome:
+        """Make and write trial `index`."""
+        trial = self.make(index)
+        return Outcome(index, [self._write(made) for made in trial.mixtures], trial.skipped)
+
+    def _write(self, made: MadeMixture) -> Row:
+        sounds = {"mixture": made.mixture, "target": made.target, "enrollment": made.enrollment}
+        for kind, samples in sounds.items():
+            path = _wav(self.folder, made.row, kind)
+            write_audio(path, samples, made.row["sample_rate"], subtype="PCM_16", durable=False)
+        return {**made.row, "samples": len(made.mixture), "enrollment_samples": len(made.enrollment)}
+
+
+def _all_outcomes(
+    folder: Path, count: int, start: Callable[[], Callable[[int], Outcome]], workers: int, update_steps: int
+) -> Generator[Outcome, None, None]:
+    """Yield the outcome of every trial in order; make and record those that are not yet in `folder`."""
+    done = recover(folder)
+    missing = [index for index in range(count) if index not in done]
     first = missing[0] if missing else count
     with (
-        contextlib.closing(ordered_map(make, missing, min(workers, max(len(missing), 1)))) as rendered,
-        appending(folder, [there[index] for index in range(first)]) as append,
+        contextlib.closing(ordered_map(start, missing, min(workers, max(len(missing), 1)))) as made,
+        _appending(folder, [done[index] for index in range(first)]) as append,
         tqdm(
             desc=str(folder),
             total=count,
@@ -104,16 +180,16 @@ def all_outcomes(
         ) as bar,
     ):
         for index in range(count):
-            outcome = there[index] if index in there else next(rendered)
+            outcome = done[index] if index in done else next(made)
             if index >= first:
                 append(outcome)
-            bar.update(index not in there)
+            bar.update(index not in done)
             yield outcome
 
 
 @contextlib.contextmanager
-def appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome], None]]:
-    """Cut the two lists back to the trials `kept`, and give a function that appends one more trial.
+def _appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome], None]]:
+    """Cut the two lists back to the trials `kept`, and yield a function that appends one more trial.
 
     Raises `StorageError` when the disk is full.
     """
@@ -134,8 +210,8 @@ def appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome],
         yield append
 
 
-def _own_rows(path: Path) -> Iterator[Row]:
-    """Yield the whole rows of a list up to the first that says no trial."""
+def _valid_rows(path: Path) -> Iterator[Row]:
+    """Yield the complete rows of a list up to the first without the index of a trial."""
     return itertools.takewhile(lambda row: isinstance(row.get("index"), int), whole_rows(path))
 
 
@@ -143,10 +219,14 @@ def _is_complete(folder: Path, outcome: Outcome) -> bool:
     if not outcome.rows:
         return any(row["reason"] == GIVEN_UP for row in outcome.skipped)
     return len(outcome.rows) == outcome.rows[0]["mixtures"] and all(
-        _has_size(folder / f"{row['name']}{suffix}", row["enrollment_samples" if kind == "enrollment" else "samples"])
+        _has_size(_wav(folder, row, kind), row["enrollment_samples" if kind == "enrollment" else "samples"])
         for row in outcome.rows
-        for kind, suffix in SUFFIXES.items()
+        for kind in SUFFIXES
     )
+
+
+def _wav(folder: Path, row: Row, kind: str) -> Path:
+    return folder / f"{row['name']}{SUFFIXES[kind]}.wav"
 
 
 def _has_size(path: Path, samples: int) -> bool:

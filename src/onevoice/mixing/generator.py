@@ -1,12 +1,11 @@
-"""Training and test mixtures from a corpus, written to a folder: the law over many trials, in processes, resumable.
+"""Training and test mixtures from a corpus, written to a folder: the mixing law over many trials, in processes.
 
     MixtureGenerator(scan("LibriSpeech/dev-clean"), "data/train", nfiles=5000).generate_mixes(snr_levels=[0, 5])
 
-What is written, and that a run can be interrupted at any moment: `onevoice.mixing.folder`. What a trial is:
-`onevoice.mixing.law`. Each trial depends on (seed, index) alone, never on the number of workers.
+What is written, and how an interrupted run resumes: `onevoice.mixing.folder`. What a trial is: `onevoice.mixing.law`.
+Each trial depends on (seed, index) alone, never on the number of workers.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -16,48 +15,48 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from onevoice.audio import write_audio
-from onevoice.corpus.listing import Speaker
+from onevoice.corpus.recordings import Recording
 from onevoice.errors import ConfigError, CorpusError
 from onevoice.files import Row
-from onevoice.mixing.folder import GIVEN_UP, SUFFIXES, Outcome, all_outcomes, close_folder, open_folder
+from onevoice.mixing.folder import GIVEN_UP, MadeMixture, MadeTrial, Outcome, write_trials
 from onevoice.mixing.law import (
     SILENT_FILE,
     UNREADABLE,
-    Draw,
-    Mixed,
+    DrawnTrial,
+    MixedSegment,
     MixingLaw,
     Rejection,
-    Rendered,
+    RenderedTrial,
+    SpeakerRecordings,
     Unusable,
     draw_trial,
-    load_source,
-    render,
+    load_utterance,
+    render_trial,
 )
 
 LAW_VERSION = 1
 MAX_ATTEMPTS = 100
 """Draws per trial before it is given up."""
-CACHED_SOURCES = 64
+CACHED_UTTERANCES = 64
 """Decoded utterances that each worker keeps, for small corpora: about 1 MB each at 15 s and 16 kHz."""
 
 
 @runtime_checkable
 class SpeakerFiles(Protocol):
-    """Anything with the name of a speaker and the paths of their files; `corpus.Speaker` is one."""
+    """Anything with the name of a speaker and their sound files, such as `corpus.listing.Speaker`."""
 
     @property
     def id(self) -> str:
         """Name of the speaker."""
 
     @property
-    def files(self) -> Sequence[str | Path]:
-        """Paths of the utterances."""
+    def files(self) -> Sequence[str | Path | Recording]:
+        """Their sound files: paths, or recordings in tar shards."""
 
 
 @dataclass
-class Summary:
-    """Counts of a run. `replaced` counts draws passed over by reason, `unusable` says what is wrong with a file."""
+class MixingSummary:
+    """Counts of a run. `replaced` counts unused draws by reason, `unusable` says what is wrong with a file."""
 
     asked: int
     trials: int = 0
@@ -68,16 +67,43 @@ class Summary:
     replaced: dict[str, int] = field(default_factory=dict)
     unusable: dict[str, str] = field(default_factory=dict)
 
+    def add(self, outcome: Outcome) -> None:
+        """Count one more trial."""
+        for row in outcome.rows:
+            self.mixtures += 1
+            self.mixture_seconds += row["samples"] / row["sample_rate"]
+            self.peak_limited += row["peak_limited"]
+        self.trials += bool(outcome.rows)
+        for row in outcome.skipped:
+            if row["reason"] == GIVEN_UP:
+                self.given_up += 1
+                continue
+            self.replaced[row["reason"]] = self.replaced.get(row["reason"], 0) + 1
+            if row["reason"] in (UNREADABLE, SILENT_FILE):
+                self.unusable[row["file"]] = row["detail"]
+
     def __str__(self) -> str:
-        return summary_line(self)
+        """Return the counts in one line."""
+        hours = self.mixture_seconds / 3600
+        parts = [f"{self.trials} of {self.asked} trials, {self.mixtures} mixtures ({hours:.2f} h)"]
+        if self.given_up:
+            parts.append(f"{self.given_up} trials given up after {MAX_ATTEMPTS} draws")
+        if self.replaced:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(self.replaced.items()))
+            parts.append(f"skipped and drawn again: {reasons}")
+        if self.unusable:
+            shown = [f"{file} ({why})" for file, why in sorted(self.unusable.items())[:3]]
+            more = ["…"] if len(self.unusable) > len(shown) else []
+            parts.append(f"{len(self.unusable)} unusable files: {', '.join(shown + more)}")
+        return "; ".join(parts)
 
 
 class MixtureGenerator:
     """Draws and writes mixtures with their targets and enrollments.
 
-    `speakers_files` are the speakers (`corpus.scan`), in any order; `nfiles` is the number of trials, each of which
-    gives one mixture in test mode and one per segment otherwise. Raises `CorpusError` when the speakers do not
-    suffice (two, one of them with two files), `ConfigError` for values out of range.
+    `speakers_files` are the speakers (`corpus.listing.scan`), in any order. `nfiles` is the number of trials; each
+    makes one mixture in test mode and one per segment otherwise. Raises `CorpusError` when there are too few speakers
+    (it takes two, one of them with two files), `ConfigError` for values out of range.
     """
 
     def __init__(
@@ -92,7 +118,8 @@ class MixtureGenerator:
     ) -> None:
         if nfiles < 1:
             raise ConfigError(f"nfiles (--count): {nfiles} trials are too few; ask for at least 1")
-        self.speakers = _checked(speakers_files)
+        self.speakers = to_recordings(speakers_files)
+        _check_speakers(self.speakers)
         self.folder = Path(out_folder)
         self.count = nfiles
         self.test = test
@@ -107,12 +134,12 @@ class MixtureGenerator:
         trim_db: int | float | None = None,
         vad_db: int | float | None = 20,
         audioLen: int | float = 3,  # noqa: N803 - the name of the original system
-    ) -> Summary:
-        """Write all trials to the folder, or those that an interrupted run has left, and return the counts.
+    ) -> MixingSummary:
+        """Write all trials to the folder, or those that an interrupted run left, and return the counts.
 
-        `snr_levels` in dB are drawn from with equal chance; `num_workers` processes; the progress bar on standard
-        error moves every `update_steps` trials; `trim_db` and `vad_db` see `MixingLaw`; segments of `audioLen`
-        seconds. Broken and silent files are passed over and named in the summary.
+        Each trial draws one of `snr_levels` in dB, all equally likely. `num_workers` processes do the work. The
+        progress bar on standard error moves every `update_steps` trials. For `trim_db` and `vad_db` see `MixingLaw`.
+        Segments have `audioLen` seconds. Broken and silent files are skipped and named in the summary.
 
         Raises `CorpusError` when the folder holds a run with other settings or nothing could be mixed,
         `StorageError` when the disk is full, `ConfigError` for values out of range.
@@ -129,16 +156,11 @@ class MixtureGenerator:
             segment_seconds=float(audioLen),
         )
         root = _common_folder(self.speakers)
-        settings = self._settings(law, root)
-        open_folder(self.folder, settings)
-        make = functools.partial(TrialWriter, self.speakers, root, self.folder, law, self.seed)
-        summary = Summary(self.count)
-        with contextlib.closing(all_outcomes(self.folder, self.count, make, num_workers, update_steps)) as outcomes:
-            for outcome in outcomes:
-                _count(summary, outcome)
-        close_folder(self.folder, settings, asdict(summary))
+        start = functools.partial(TrialMaker, self.speakers, root, law, self.seed)
+        summary = MixingSummary(self.count)
+        write_trials(self.folder, self._settings(law, root), start, summary, num_workers, update_steps)
         if not summary.mixtures:
-            raise CorpusError(f"{root}: no mixture could be made; {summary_line(summary)}")
+            raise CorpusError(f"{root}: no mixture could be made; {summary}")
         return summary
 
     def _settings(self, law: MixingLaw, root: Path) -> Row:
@@ -153,133 +175,105 @@ class MixtureGenerator:
         }
 
 
-class TrialWriter:
-    """What one process does: draw trial `index`, render it, write its files, and say what became of it."""
+class TrialMaker:
+    """Makes trial `index` by the mixing law, from the first of its draws that can be used."""
 
-    def __init__(self, speakers: Sequence[Speaker], root: Path, folder: Path, law: MixingLaw, seed: int) -> None:
-        self.speakers, self.root, self.folder, self.law, self.seed = speakers, root, folder, law, seed
-        self.load = functools.lru_cache(CACHED_SOURCES)(functools.partial(load_source, law=law))
+    def __init__(self, speakers: Sequence[SpeakerRecordings], root: Path, law: MixingLaw, seed: int) -> None:
+        self.speakers, self.root, self.law, self.seed = speakers, root, law, seed
+        self.load = functools.lru_cache(CACHED_UTTERANCES)(functools.partial(load_utterance, law=law))
 
-    def __call__(self, index: int) -> Outcome:
-        """Write trial `index`, from the first of its draws that can be rendered."""
-        outcome = Outcome(index)
+    def __call__(self, index: int) -> MadeTrial:
+        """Return the mixtures of trial `index`, or none when all its draws are unusable."""
+        skipped: list[Row] = []
         for attempt in range(MAX_ATTEMPTS):
             draw = draw_trial(self.speakers, self.seed, index, attempt, self.law.snr_levels)
             try:
-                rendered = render(draw, self.law, self.load)
+                trial = render_trial(draw, self.law, self.load)
             except Unusable as unusable:
-                outcome.skipped += [self._skip(draw, rejection) for rejection in unusable.rejections]
+                skipped += [self._skipped(draw, rejection) for rejection in unusable.rejections]
                 continue
-            outcome.skipped += [self._skip(draw, rejection) for rejection in rendered.passed_over]
-            outcome.rows = [self._write(draw, rendered, mixed) for mixed in rendered.mixed]
-            return outcome
-        outcome.skipped.append({"index": index, "attempt": MAX_ATTEMPTS, "reason": GIVEN_UP})
-        return outcome
+            skipped += [self._skipped(draw, rejection) for rejection in trial.skipped]
+            return MadeTrial([self._mixture(draw, trial, mixed) for mixed in trial.mixed], skipped)
+        return MadeTrial([], [*skipped, {"index": index, "attempt": MAX_ATTEMPTS, "reason": GIVEN_UP}])
 
-    def _write(self, draw: Draw, rendered: Rendered, mixed: Mixed) -> Row:
+    def _mixture(self, draw: DrawnTrial, trial: RenderedTrial, mixed: MixedSegment) -> MadeMixture:
         segment = "" if mixed.segment is None else f"_{mixed.segment}"
-        name = f"{draw.target_speaker}_{draw.interferer_speaker}_{draw.index:06d}{segment}"
-        sounds = {"mixture": mixed.mixture, "target": mixed.target, "enrollment": rendered.enrollment.samples}
-        for kind, samples in sounds.items():
-            path = self.folder / f"{name}{SUFFIXES[kind]}"
-            write_audio(path, samples, self.law.sample_rate, subtype="PCM_16", durable=False)
-        return {
-            "name": name,
+        row = {
+            "name": f"{draw.target_speaker}_{draw.interferer_speaker}_{draw.index:06d}{segment}",
             "index": draw.index,
             "attempt": draw.attempt,
             "seed": self.seed,
             "segment": mixed.segment,
-            "mixtures": len(rendered.mixed),
+            "mixtures": len(trial.mixed),
             "target_speaker": draw.target_speaker,
             "interferer_speaker": draw.interferer_speaker,
-            "target": self._relative(draw.target),
-            "interferer": self._relative(draw.interferer),
-            "enrollment": self._relative(rendered.enrollment_file),
+            "target": _place(draw.target, self.root),
+            "interferer": _place(draw.interferer, self.root),
+            "enrollment": _place(trial.enrollment_recording, self.root),
             "snr_db": draw.snr_db,
             "target_gain_db": round(mixed.target_gain_db, 4),
             "interferer_gain_db": round(mixed.interferer_gain_db, 4),
-            "enrollment_gain_db": round(rendered.enrollment.gain_db, 4),
+            "enrollment_gain_db": round(trial.enrollment.gain_db, 4),
             "peak_limited": mixed.peak_limited,
             "sample_rate": self.law.sample_rate,
             "start": mixed.start,
-            "samples": len(mixed.mixture),
-            "enrollment_samples": len(rendered.enrollment.samples),
         }
+        return MadeMixture(row, mixed.mixture, mixed.target, trial.enrollment.samples)
 
-    def _skip(self, draw: Draw, rejection: Rejection) -> Row:
+    def _skipped(self, draw: DrawnTrial, rejection: Rejection) -> Row:
         return {
             "index": draw.index,
             "attempt": draw.attempt,
             "reason": rejection.reason,
-            "file": self._relative(rejection.file),
+            "file": _place(rejection.recording, self.root),
             "detail": rejection.detail,
         }
 
-    def _relative(self, path: Path) -> str:
-        return Path(os.path.relpath(path, self.root)).as_posix()
+
+def to_recordings(speakers_files: Iterable[SpeakerFiles]) -> list[SpeakerRecordings]:
+    """Return the speakers with their recordings, both sorted, each recording once; speakers without files are dropped.
+
+    So the trials do not depend on the order in which speakers and files are given.
+    """
+    speakers = []
+    for each in speakers_files:
+        found = {file if isinstance(file, Recording) else Recording(Path(file), str(file)) for file in each.files}
+        if found:
+            ordered = sorted(found, key=lambda recording: (recording.path, recording.name))
+            speakers.append(SpeakerRecordings(str(each.id), tuple(ordered)))
+    return sorted(speakers, key=lambda speaker: speaker.id)
 
 
-def summary_line(summary: Summary) -> str:
-    """Return the counts in one line: what was written, what was passed over and why, which files are unusable."""
-    hours = summary.mixture_seconds / 3600
-    parts = [f"{summary.trials} of {summary.asked} trials, {summary.mixtures} mixtures ({hours:.2f} h)"]
-    if summary.given_up:
-        parts.append(f"{summary.given_up} trials given up after {MAX_ATTEMPTS} draws")
-    if summary.replaced:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(summary.replaced.items()))
-        parts.append(f"passed over and drawn again: {reasons}")
-    if summary.unusable:
-        shown = [f"{file} ({why})" for file, why in sorted(summary.unusable.items())[:3]]
-        more = ["…"] if len(summary.unusable) > len(shown) else []
-        parts.append(f"{len(summary.unusable)} unusable files: {', '.join(shown + more)}")
-    return "; ".join(parts)
-
-
-def _count(summary: Summary, outcome: Outcome) -> None:
-    for row in outcome.rows:
-        summary.mixtures += 1
-        summary.mixture_seconds += row["samples"] / row["sample_rate"]
-        summary.peak_limited += row["peak_limited"]
-    summary.trials += bool(outcome.rows)
-    for row in outcome.skipped:
-        if row["reason"] == GIVEN_UP:
-            summary.given_up += 1
-            continue
-        summary.replaced[row["reason"]] = summary.replaced.get(row["reason"], 0) + 1
-        if row["reason"] in (UNREADABLE, SILENT_FILE):
-            summary.unusable[row["file"]] = row["detail"]
-
-
-def _checked(speakers_files: Iterable[SpeakerFiles]) -> list[Speaker]:
-    """Return the speakers sorted, each file once, after checking that trials can be drawn from them at all."""
-    speakers = sorted(
-        (Speaker(str(each.id), tuple(sorted({Path(file) for file in each.files}))) for each in speakers_files),
-        key=lambda speaker: speaker.id,
-    )
-    speakers = [speaker for speaker in speakers if speaker.files]
+def _check_speakers(speakers: Sequence[SpeakerRecordings]) -> None:
+    """Raise `CorpusError` unless trials can be drawn from these speakers."""
     if len(speakers) < 2:
         raise CorpusError(f"{len(speakers)} speakers with files are too few; a mixture needs at least 2")
-    if max(len(speaker.files) for speaker in speakers) < 2:
+    if max(len(speaker.recordings) for speaker in speakers) < 2:
         raise CorpusError("no speaker has 2 files; target and enrollment must be different files of one speaker")
     for name, count in Counter(speaker.id for speaker in speakers).items():
         if count > 1:
-            raise CorpusError(f"speaker {name!r} stands twice; give each speaker once, with all files")
+            raise CorpusError(f"speaker {name!r} appears twice; give each speaker once, with all files")
         if not name or set(name) & set("/\\\0"):
             raise CorpusError(f"speaker {name!r}: cannot be part of a file name; rename it")
-    return speakers
 
 
-def _common_folder(speakers: Sequence[Speaker]) -> Path:
-    """Return the deepest folder that holds all files; rows name sources relative to it."""
-    folders = {os.path.abspath(file.parent) for speaker in speakers for file in speaker.files}  # noqa: PTH100
+def _common_folder(speakers: Sequence[SpeakerRecordings]) -> Path:
+    """Return the deepest folder that holds all files; rows name recordings relative to it."""
+    folders = {os.path.abspath(each.path.parent) for speaker in speakers for each in speaker.recordings}  # noqa: PTH100
     return Path(os.path.commonpath(folders))
 
 
-def _digest(speakers: Sequence[Speaker], root: Path) -> str:
-    """Return a hash of who has which files of which sizes, wherever the corpus lies."""
+def _place(recording: Recording, root: Path) -> str:
+    """Return the path of a recording from `root`; for a member of a tar shard, `shard.tar:member`."""
+    path = Path(os.path.relpath(recording.path, root)).as_posix()
+    return path if recording.size is None else f"{path}:{recording.name.removeprefix(f'{recording.path.name}:')}"
+
+
+def _digest(speakers: Sequence[SpeakerRecordings], root: Path) -> str:
+    """Return a hash of the recordings of each speaker and their sizes, wherever the corpus is."""
     digest = hashlib.blake2b(digest_size=16)
     for speaker in speakers:
-        for file in speaker.files:
-            size = file.stat().st_size if file.exists() else -1
-            digest.update(f"{speaker.id}\0{os.path.relpath(file, root)}\0{size}\n".encode())
+        for recording in speaker.recordings:
+            line = f"{speaker.id}\0{_place(recording, root)}\0{recording.size_bytes()}\n"
+            digest.update(line.encode())
     return digest.hexdigest()

@@ -1,15 +1,14 @@
 """Any protocol as a folder of plain trials, which every tool can read."""
 
-import contextlib
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from onevoice.audio import probe_audio, write_audio
+from onevoice.audio import probe_audio
 from onevoice.config import to_dict
-from onevoice.mixing.folder import SUFFIXES, Outcome, all_outcomes, close_folder, open_folder
+from onevoice.mixing.folder import MadeMixture, MadeTrial, Outcome, write_trials
 from onevoice.trials.config import (
     FolderProtocol,
     LibriMixMetadataProtocol,
@@ -31,6 +30,11 @@ class RenderSummary:
     mixture_seconds: float
     left_out: list[str]
     notes: list[str]
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more trial."""
+        self.trials += len(outcome.rows)
+        self.mixture_seconds += sum(row["samples"] / row["sample_rate"] for row in outcome.rows)
 
     def __str__(self) -> str:
         left_out = [f"{len(self.left_out)} left out, the first: {self.left_out[0]}"] if self.left_out else []
@@ -64,30 +68,22 @@ def render_protocol(
         "trials": len(opened.trials),
         "trials_digest": _digest(opened.trials, roots),
     }
-    open_folder(out, settings)
-    make = functools.partial(ProtocolWriter, opened.trials, roots, out, rate)
     summary = RenderSummary(0, 0.0, opened.left_out, opened.notes)
-    with contextlib.closing(all_outcomes(out, len(opened.trials), make, workers)) as outcomes:
-        for outcome in outcomes:
-            summary.trials += len(outcome.rows)
-            summary.mixture_seconds += sum(row["samples"] for row in outcome.rows) / rate
-    close_folder(out, settings, asdict(summary))
+    start = functools.partial(TrialCopier, opened.trials, roots, rate)
+    write_trials(out, settings, start, summary, workers)
     return summary
 
 
-class ProtocolWriter:
-    """What one process does: load trial `index`, write its three files, and say what is in them."""
+class TrialCopier:
+    """Makes trial `index` of a data set: its three sounds as they are, at one sample rate."""
 
-    def __init__(self, trials: Sequence[Trial], roots: Sequence[Path], folder: Path, sample_rate: int) -> None:
-        self.trials, self.roots, self.folder, self.sample_rate = trials, roots, folder, sample_rate
+    def __init__(self, trials: Sequence[Trial], roots: Sequence[Path], sample_rate: int) -> None:
+        self.trials, self.roots, self.sample_rate = trials, roots, sample_rate
 
-    def __call__(self, index: int) -> Outcome:
-        """Write trial `index`."""
+    def __call__(self, index: int) -> MadeTrial:
+        """Load trial `index`."""
         trial = self.trials[index]
         mixture, target, enrollment = load_trial(trial, self.sample_rate)
-        for kind, samples in (("mixture", mixture), ("target", target), ("enrollment", enrollment)):
-            path = self.folder / f"{trial.name}{SUFFIXES[kind]}"
-            write_audio(path, samples, self.sample_rate, subtype="PCM_16", durable=False)
         row = {
             "name": trial.name,
             "index": index,
@@ -97,10 +93,8 @@ class ProtocolWriter:
             "target": _described(trial.target, self.roots),
             "enrollment": _described(trial.enrollment, self.roots),
             "sample_rate": self.sample_rate,
-            "samples": len(mixture),
-            "enrollment_samples": len(enrollment),
         }
-        return Outcome(index, [row])
+        return MadeTrial([MadeMixture(row, mixture, target, enrollment)], [])
 
 
 def _own_rate(opened: TrialList) -> int:

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler
 
 from onevoice.audio import EXTENSIONS, Mono, read_audio, require_sound, resample
 from onevoice.errors import AudioError, CorpusError, OnevoiceError, WorkerError
+from onevoice.mixing.folder import SUFFIXES
 from onevoice.rng import derive
 from onevoice.units import to_samples
 
@@ -32,7 +33,6 @@ Share = tuple[int, int]
 """The number of a process and how many there are; each takes its part of every batch."""
 WHOLE: Share = (0, 1)
 
-SUFFIXES = {"mixture": "-mixed", "enrollment": "-ref", "target": "-target"}
 FOLDERS = {"mixture": "mix", "enrollment": "refs", "target": "targets"}
 
 
