@@ -44,7 +44,7 @@ def main() -> None:
         for _ in range(options.repeats):
             for count in jobs:
                 begin = time.perf_counter()
-                evaluate(extractor, EvaluationConfig(data_dir=folder, jobs=count), progress=False)
+                evaluate(extractor, EvaluationConfig(folder=folder, jobs=count), progress=False)
                 times[count].append(time.perf_counter() - begin)
     print(f"{options.trials} trials of {options.seconds:g} s at 16 kHz, {os.cpu_count()} cores")
     print(f"{'processes':>10}{'trials/s':>12}{'ratio':>8}")

@@ -62,7 +62,12 @@ def load_config(kind: type[Section], path: str | Path, overrides: Sequence[str] 
 
 
 def from_dict(kind: type[Section], values: Mapping[str, Any], name: str = "config") -> Section:
-    """Build the section `kind` from plain JSON values, all of them checked. `name` opens a message."""
+    """Build the section `kind` from plain JSON values, all of them checked. `name` opens a message.
+
+    A section may have a static method `upgrade` that rewrites values of earlier versions.
+    """
+    upgrade = getattr(kind, "upgrade", None)
+    values = values if upgrade is None else upgrade(values)
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -120,8 +125,8 @@ def _complaint(kind: type[Any], item: Any) -> str:
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: is required and missing"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        key = context["discriminator"].strip("'")  # or the name of a function, which says nothing to a user
-        path = f"{path}.{key}" if key.isidentifier() else path
+        key = context["discriminator"].strip("'").removesuffix("()")  # the key, or a function that is named after it
+        path = f"{path}.{key}" if key in keys else path
         if "tag" not in context:
             return f"{path}: is required and missing"
         return f"{path}: input should be one of {context['expected_tags']}, not {json.dumps(context['tag'])}"

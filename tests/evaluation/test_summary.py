@@ -41,7 +41,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(trials: Path, **changes: object) -> EvaluationConfig:
-    return EvaluationConfig(data_dir=str(trials), **{"jobs": 1, **changes})  # type: ignore[arg-type]
+    return EvaluationConfig(folder=str(trials), **{"jobs": 1, **changes})  # type: ignore[arg-type]
 
 
 def test_the_rows_are_the_metrics_of_the_estimates(extractor: Extractor, trials: Path) -> None:

@@ -15,7 +15,6 @@ from plain_librimix import Toy, make_toy, plain_tree
 from voices import make_trials
 
 from onevoice.audio import read_audio
-from onevoice.config import from_dict, json_schema, load_config, to_dict
 from onevoice.errors import AudioError, ConfigError, CorpusError
 from onevoice.evaluation.summary import EvaluationConfig, evaluate, format_report
 from onevoice.extraction.checkpoint import Card
@@ -25,22 +24,20 @@ from onevoice.models import SpExPlusConfig, build_model
 from onevoice.trials import (
     EnrollmentDraw,
     EnrollmentMapFile,
-    FolderProtocol,
-    LibriMixMetadataProtocol,
-    LibriMixProtocol,
-    ProtocolFile,
-    Wsj0Protocol,
+    FolderTrials,
+    LibriMixMetadataTrials,
+    LibriMixTrials,
+    Wsj0Trials,
     enrollment_map,
-    load_protocol,
-    open_protocol,
+    export_trials,
+    open_trials,
     read_map,
-    render_protocol,
     write_map,
 )
 from onevoice.trials.enrollment import Mixture, draw, mixture_pool, speaker_of
 from onevoice.trials.trials import Trial, TrialDataset, collate, find_trials, load_trial
 
-LibriMix = LibriMixProtocol | LibriMixMetadataProtocol
+LibriMix = LibriMixTrials | LibriMixMetadataTrials
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +54,12 @@ def tree(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def on_the_fly(toy: Toy, **changes: Any) -> LibriMixMetadataProtocol:
-    return LibriMixMetadataProtocol(str(toy.metadata[2]), str(toy.librispeech), wham_dir=str(toy.wham), **changes)
+def on_the_fly(toy: Toy, **changes: Any) -> LibriMixMetadataTrials:
+    return LibriMixMetadataTrials(str(toy.metadata[2]), str(toy.librispeech), wham_dir=str(toy.wham), **changes)
 
 
-def on_disk(tree: Path, **changes: Any) -> LibriMixProtocol:
-    return LibriMixProtocol(str(tree), part="test", **changes)
+def on_disk(tree: Path, **changes: Any) -> LibriMixTrials:
+    return LibriMixTrials(str(tree), part="test", **changes)
 
 
 def entries(config: LibriMix) -> dict[tuple[str, str], str]:
@@ -76,8 +73,8 @@ def entries(config: LibriMix) -> dict[tuple[str, str], str]:
 @pytest.mark.parametrize("mixture", ["mix_clean", "mix_both", "mix_single"])
 def test_on_the_fly_is_the_generated_data_set(toy: Toy, tree: Path, rate: Any, mixture: Any) -> None:
     """The same trials in the same order, with the same enrollments, and every sample equal."""
-    written = open_protocol(on_disk(tree, sample_rate=rate, mixture=mixture))
-    rendered = open_protocol(on_the_fly(toy, sample_rate=rate, mixture=mixture))
+    written = open_trials(on_disk(tree, sample_rate=rate, mixture=mixture))
+    rendered = open_trials(on_the_fly(toy, sample_rate=rate, mixture=mixture))
     assert written.left_out == rendered.left_out == []
     assert written.sample_rate == rendered.sample_rate == rate
     assert len(written.trials) == len(rendered.trials) == (8 if mixture == "mix_single" else 16)
@@ -88,31 +85,31 @@ def test_on_the_fly_is_the_generated_data_set(toy: Toy, tree: Path, rate: Any, m
 
 
 def test_targets_and_speakers_are_those_of_the_names(tree: Path) -> None:
-    trials = open_protocol(on_disk(tree)).trials
+    trials = open_trials(on_disk(tree)).trials
     for trial in trials:
         mixture, _, source = trial.name.rpartition("_")
         assert trial.speaker == mixture.split("_")[int(source[1]) - 1].split("-")[0]
         assert str(trial.target) == str(tree / "wav16k/min/test" / source / f"{mixture}.wav")
         assert str(trial.mixture) == str(tree / "wav16k/min/test/mix_clean" / f"{mixture}.wav")
-    assert [trial.name for trial in open_protocol(on_disk(tree, targets="first")).trials] == [
+    assert [trial.name for trial in open_trials(on_disk(tree, targets="first")).trials] == [
         trial.name for trial in trials if trial.name.endswith("_s1")
     ]
-    assert open_protocol(on_disk(tree), limit=5).trials == trials[:5]
+    assert open_trials(on_disk(tree, limit=5)).trials == trials[:5]
 
 
 def test_without_its_metadata_a_tree_is_listed(toy: Toy, tmp_path: Path) -> None:
     tree = plain_tree(toy, 2, 8000, "min", tmp_path)
     config = on_disk(tree, sample_rate=8000)
-    by_metadata = open_protocol(config).trials
+    by_metadata = open_trials(config).trials
     for path in (tree / "wav8k/min/metadata").iterdir():
         path.unlink()
-    by_listing = open_protocol(config).trials
+    by_listing = open_trials(config).trials
     assert sorted(by_metadata, key=lambda trial: trial.name) == by_listing
 
 
 def test_trials_make_batches(toy: Toy) -> None:
     """The training side takes recipes as it takes files: crops, epochs, speakers, padding."""
-    trials = open_protocol(on_the_fly(toy, sample_rate=8000)).trials
+    trials = open_trials(on_the_fly(toy, sample_rate=8000)).trials
     speakers = sorted({trial.speaker for trial in trials})
     data = TrialDataset(trials, 8000, speakers, segment_seconds=0.5, enrollment_seconds=0.8)
     batch = collate([data[1, index] for index in range(4)])
@@ -163,20 +160,20 @@ def test_draw_from_whole_utterances(toy: Toy, tree: Path) -> None:
         on_the_fly(toy, enrollment=enrollment),
         on_disk(tree, enrollment=enrollment, librispeech_dir=str(toy.librispeech)),
     ):
-        trials = open_protocol(config).trials
+        trials = open_trials(config).trials
         for trial, (key, entry) in zip(trials, entries(config).items(), strict=True):
             assert trial.enrollment == toy.librispeech / entry
             assert Path(entry).stem != key[1]
             np.testing.assert_array_equal(load_trial(trial, 16000)[2], read_audio(toy.librispeech / entry)[0])
     with pytest.raises(ConfigError, match="librispeech_dir: is needed"):
-        open_protocol(on_disk(tree, enrollment=enrollment))
+        open_trials(on_disk(tree, enrollment=enrollment))
 
 
 def test_a_draw_written_down_is_a_map(toy: Toy, tmp_path: Path) -> None:
     config = on_the_fly(toy, mixture="mix_both")
     write_map(tmp_path / "map", enrollment_map(config))
     mapped = dataclasses.replace(config, enrollment=EnrollmentMapFile(str(tmp_path / "map")))
-    assert open_protocol(mapped).trials == open_protocol(config).trials
+    assert open_trials(mapped).trials == open_trials(config).trials
     assert (tmp_path / "map").read_text().splitlines()[0].count(" ") == 2
 
 
@@ -184,7 +181,7 @@ MIXTURE = "spk000-07-0000_spk001-07-0001"
 OTHER = "spk000-07-0001_spk001-07-0002"
 
 
-def mapped(toy: Toy, path: Path, *lines: str, **changes: Any) -> LibriMixMetadataProtocol:
+def mapped(toy: Toy, path: Path, *lines: str, **changes: Any) -> LibriMixMetadataTrials:
     path.write_text("\n".join(lines) + "\n")
     return on_the_fly(toy, **{"targets": "mapped", "enrollment": EnrollmentMapFile(str(path)), **changes})
 
@@ -192,7 +189,7 @@ def mapped(toy: Toy, path: Path, *lines: str, **changes: Any) -> LibriMixMetadat
 @pytest.mark.parametrize("entry", [f"s1/{OTHER}", f"s1/{OTHER}.wav", "test-clean/spk000/07/spk000-07-0001.flac"])
 def test_maps_name_sources_or_files(toy: Toy, tmp_path: Path, entry: str) -> None:
     config = mapped(toy, tmp_path / "map", "", f"{MIXTURE}\tspk000-07-0000   {entry}")
-    (trial,) = open_protocol(config).trials
+    (trial,) = open_trials(config).trials
     assert trial.name == f"{MIXTURE}_s1"
     whole = read_audio(toy.librispeech / "test-clean/spk000/07/spk000-07-0001.flac")[0]
     enrollment = load_trial(trial, 16000)[2]
@@ -219,28 +216,28 @@ def test_maps_name_sources_or_files(toy: Toy, tmp_path: Path, entry: str) -> Non
 def test_bad_lines_of_a_map_are_named_and_counted(toy: Toy, tmp_path: Path, line: str, message: str) -> None:
     config = mapped(toy, tmp_path / "map", f"{MIXTURE} spk000-07-0000 s1/{OTHER}", line)
     with pytest.raises(CorpusError, match=message) as caught:
-        open_protocol(config)
+        open_trials(config)
     assert "\n" not in str(caught.value)
     if "fields" not in message and "twice" not in message:
-        opened = open_protocol(dataclasses.replace(config, max_missing=0.5))
+        opened = open_trials(dataclasses.replace(config, max_missing=0.5))
         assert len(opened.trials) == len(opened.left_out) == 1
 
 
 def test_a_map_may_take_the_target_itself_and_that_is_said(toy: Toy, tmp_path: Path) -> None:
     config = mapped(toy, tmp_path / "map", f"{MIXTURE} spk001-07-0001 s2/{MIXTURE}")
-    opened = open_protocol(config)
+    opened = open_trials(config)
     assert opened.notes == ["1 of 1 enrollments are of the target's own utterance, as the enrollment map says"]
     assert opened.trials[0].enrollment == opened.trials[0].target
-    assert "own utterance" in str(render_protocol(config, tmp_path / "out"))
-    assert open_protocol(on_the_fly(toy)).notes == []
+    assert "own utterance" in str(export_trials(config, tmp_path / "out"))
+    assert open_trials(on_the_fly(toy)).notes == []
 
 
 def test_a_map_must_name_every_target_or_be_asked_for_less(toy: Toy, tmp_path: Path) -> None:
     line = f"{MIXTURE} spk000-07-0000 s1/{OTHER}"
     with pytest.raises(CorpusError, match=r"15 of 16 trials .* the enrollment map has no line for it"):
-        open_protocol(mapped(toy, tmp_path / "map", line, targets="all"))
+        open_trials(mapped(toy, tmp_path / "map", line, targets="all"))
     with pytest.raises(ConfigError, match="targets: 'mapped' are those of an enrollment map"):
-        open_protocol(on_the_fly(toy, targets="mapped"))
+        open_trials(on_the_fly(toy, targets="mapped"))
     with pytest.raises(CorpusError, match="cannot be read"):
         read_map(tmp_path / "none")
 
@@ -251,12 +248,12 @@ def test_a_map_must_name_every_target_or_be_asked_for_less(toy: Toy, tmp_path: P
 def test_missing_files_are_left_out_up_to_the_limit(toy: Toy, tmp_path: Path) -> None:
     tree = plain_tree(toy, 2, 16000, "min", tmp_path)
     config = on_disk(tree, targets="first")
-    assert open_protocol(config).left_out == []
+    assert open_trials(config).left_out == []
     folder = tree / "wav16k/min/test"
     (folder / "mix_clean" / f"{MIXTURE}.wav").unlink()
     with pytest.raises(CorpusError, match=r"1 of 8 trials .* max_missing = 0\.01 .*: no such file"):
-        open_protocol(config)
-    opened = open_protocol(dataclasses.replace(config, max_missing=1 / 8))
+        open_trials(config)
+    opened = open_trials(dataclasses.replace(config, max_missing=1 / 8))
     assert len(opened.trials) == 7
     assert [line.split(":")[0] for line in opened.left_out] == [f"{MIXTURE}_s1"]
 
@@ -268,7 +265,7 @@ def test_missing_files_are_left_out_up_to_the_limit(toy: Toy, tmp_path: Path) ->
         ("empty", "holds no samples", 16000, samples[:0]),
     ):
         soundfile.write(wrong, content, rate)
-        left_out = open_protocol(dataclasses.replace(config, max_missing=0.5)).left_out
+        left_out = open_trials(dataclasses.replace(config, max_missing=0.5)).left_out
         assert [line.startswith(f"{OTHER}_s1: ") and text in line for line in left_out[1:]] == [True], name
 
 
@@ -278,8 +275,8 @@ def test_a_metadata_row_without_its_file_is_named(toy: Toy, tmp_path: Path) -> N
     (speech / "test-clean/spk000/07/spk000-07-0000.flac").unlink()
     config = dataclasses.replace(on_the_fly(toy), librispeech_dir=str(speech))
     with pytest.raises(CorpusError, match=r"libri2mix\.csv: \d of 16 trials .*spk000-07-0000\.flac: no such file"):
-        open_protocol(config)
-    opened = open_protocol(dataclasses.replace(config, max_missing=0.99))
+        open_trials(config)
+    opened = open_trials(dataclasses.replace(config, max_missing=0.99))
     assert len(opened.trials) + len(opened.left_out) == 16
     assert all("spk000-07-0000.flac" not in str(sound.files()) for t in opened.trials for sound in sounds_of(t))
 
@@ -299,13 +296,13 @@ def sounds_of(trial: Trial) -> list[Any]:
 )
 def test_missing_folders_are_named_at_once(toy: Toy, change: dict[str, Any], message: str) -> None:
     with pytest.raises((CorpusError, ConfigError), match=message):
-        open_protocol(dataclasses.replace(on_the_fly(toy), **change))
+        open_trials(dataclasses.replace(on_the_fly(toy), **change))
 
 
 def test_a_tree_that_is_not_there(tree: Path) -> None:
     for changes in ({"mode": "max"}, {"part": "dev"}):
         with pytest.raises(CorpusError, match="no such folder; name a generated LibriMix"):
-            open_protocol(dataclasses.replace(on_disk(tree), **changes))
+            open_trials(dataclasses.replace(on_disk(tree), **changes))
 
 
 # ------------------------------------------------------------------ the lists of WSJ0-2mix
@@ -333,13 +330,13 @@ def lists(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def wsj0(lists: Path, **changes: Any) -> Wsj0Protocol:
+def wsj0(lists: Path, **changes: Any) -> Wsj0Trials:
     replace = {"/theirs/": "/wrong/", "/theirs/2mix": str(lists / "2mix"), "/theirs/wsj0": str(lists / "wsj0")}
-    return Wsj0Protocol(str(lists), **{"replace": replace, **changes})
+    return Wsj0Trials(str(lists), **{"replace": replace, **changes})
 
 
 def test_both_keys_of_a_mixture_are_trials(lists: Path) -> None:
-    opened = open_protocol(wsj0(lists))
+    opened = open_trials(wsj0(lists))
     mixture = lists / f"2mix/mix/{PAIR}.wav"
     assert opened.trials == [
         Trial(KEYS[0], "011", mixture, lists / "wsj0/011/011a0109.wav", lists / f"2mix/s1/{PAIR}.wav"),
@@ -368,9 +365,9 @@ def edit(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
 def test_bad_lists_are_named(lists: Path, spoil: Callable[[Path], None], message: str, counted: bool) -> None:
     spoil(lists)
     with pytest.raises(CorpusError, match=message):
-        open_protocol(wsj0(lists))
+        open_trials(wsj0(lists))
     if counted:
-        assert open_protocol(wsj0(lists, max_missing=0.7)).left_out
+        assert open_trials(wsj0(lists, max_missing=0.7)).left_out
 
 
 @pytest.mark.parametrize(
@@ -381,12 +378,12 @@ def test_keys_that_contradict_themselves(lists: Path, wanted: str, message: str)
         path = f"/theirs/wsj0/{wanted}.wav" if name == "aux" else f"/theirs/2mix/mix/{PAIR}.wav"
         (lists / f"{name}.scp").write_text(f"{PAIR}_{wanted} {path}\n")
     with pytest.raises(CorpusError, match=message):
-        open_protocol(wsj0(lists))
+        open_trials(wsj0(lists))
 
 
 def test_files_of_another_rate_are_no_trials(lists: Path) -> None:
     with pytest.raises(CorpusError, match=r"2 of 2 trials .* is at 8000 Hz, not 16000 Hz"):
-        open_protocol(wsj0(lists, sample_rate=16000))
+        open_trials(wsj0(lists, sample_rate=16000))
 
 
 # ------------------------------------------------------------------ to disk
@@ -395,8 +392,8 @@ def test_files_of_another_rate_are_no_trials(lists: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rendered_trials_are_the_protocol_bit_by_bit(toy: Toy, tmp_path: Path, workers: int) -> None:
     config = on_the_fly(toy, mixture="mix_both", sample_rate=8000)
-    opened = open_protocol(config)
-    summary = render_protocol(config, tmp_path, workers=workers)
+    opened = open_trials(config)
+    summary = export_trials(config, tmp_path, workers=workers)
     assert summary.trials == len(opened.trials) == 16
     found = {trial.name: trial for trial in find_trials(tmp_path)}
     rows = [json.loads(line) for line in (tmp_path / MANIFEST).read_text().splitlines()]
@@ -415,7 +412,7 @@ def test_an_interrupted_rendering_goes_on(
     toy: Toy, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = on_disk(tree)
-    render_protocol(config, tmp_path / "whole")
+    export_trials(config, tmp_path / "whole")
     calls = iter(range(100))
 
     def until_the_fourth(trial: Trial, rate: int) -> Any:
@@ -425,28 +422,32 @@ def test_an_interrupted_rendering_goes_on(
 
     monkeypatch.setattr("onevoice.trials.export.load_trial", until_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        render_protocol(config, tmp_path / "cut")
+        export_trials(config, tmp_path / "cut")
     assert len((tmp_path / "cut" / MANIFEST).read_text().splitlines()) == 4
-    render_protocol(config, tmp_path / "cut")
+    export_trials(config, tmp_path / "cut")
     assert next(calls) == 17, "no trial is made twice, but for the one interrupted"
     assert {p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
     }
     for other in ({"targets": "first"}, {"enrollment": EnrollmentDraw(seed=1)}):
         with pytest.raises(CorpusError, match="holds a run with other settings"):
-            render_protocol(dataclasses.replace(config, **other), tmp_path / "cut")
+            export_trials(dataclasses.replace(config, **other), tmp_path / "cut")
 
 
 def test_folders_and_lists_are_rendered_too(lists: Path, tmp_path: Path) -> None:
     trials = make_trials(tmp_path / "trials", 2)
-    render_protocol(FolderProtocol(str(trials)), tmp_path / "copy")
+    export_trials(FolderTrials(str(trials)), tmp_path / "copy")
     for path in trials.glob("*.wav"):
         np.testing.assert_array_equal(read_audio(tmp_path / "copy" / path.name)[0], read_audio(path)[0])
-    summary = render_protocol(wsj0(lists), tmp_path / "wsj0", sample_rate=16000, limit=1)
+    summary = export_trials(wsj0(lists, limit=1), tmp_path / "wsj0", sample_rate=16000)
     assert summary.trials == 1
     assert soundfile.info(tmp_path / "wsj0" / f"{KEYS[0]}-mixed.wav").samplerate == 16000
     (row,) = map(json.loads, (tmp_path / "wsj0" / MANIFEST).read_text().splitlines())
     assert row["enrollment"] == "011/011a0109.wav"
+    for cut in ("segment_seconds", "enrollment_seconds"):
+        with pytest.raises(ConfigError, match=f"{cut}.*: trials are written whole"):
+            export_trials(FolderTrials(str(trials), **{cut: 0.5}), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
 
 
 # ------------------------------------------------------------------ configs and evaluation
@@ -454,54 +455,10 @@ def test_folders_and_lists_are_rendered_too(lists: Path, tmp_path: Path) -> None
 
 def test_folder_is_find_trials(tmp_path: Path) -> None:
     make_trials(tmp_path, 3)
-    assert open_protocol(FolderProtocol(str(tmp_path)), limit=2).trials == find_trials(tmp_path, 2)
+    assert open_trials(FolderTrials(str(tmp_path), limit=2)).trials == find_trials(tmp_path, 2)
     (tmp_path / find_trials(tmp_path)[0].target).unlink()  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match="lack their target"):
-        open_protocol(FolderProtocol(str(tmp_path)))
-
-
-JSON: list[tuple[dict[str, Any], type]] = [
-    ({"kind": "folder", "folder": "trials"}, FolderProtocol),
-    ({"kind": "librimix", "root": "Libri2Mix", "part": "test", "mode": "max"}, LibriMixProtocol),
-    (
-        {
-            "kind": "librimix_metadata",
-            "metadata": "libri2mix_test-clean.csv",
-            "librispeech_dir": "LibriSpeech",
-            "sample_rate": 8000,
-            "enrollment": {"kind": "map", "file": "map"},
-        },
-        LibriMixMetadataProtocol,
-    ),
-    ({"kind": "wsj0_2mix", "lists": "tt", "replace": {"/theirs": "/mine"}}, Wsj0Protocol),
-]
-
-
-@pytest.mark.parametrize(("values", "kind"), JSON)
-def test_configs_come_from_json(values: dict[str, Any], kind: type, tmp_path: Path) -> None:
-    (tmp_path / "eval.json").write_text(json.dumps({"data": values}))
-    config = load_config(EvaluationConfig, tmp_path / "eval.json")
-    assert isinstance(config.data, kind)
-    assert from_dict(EvaluationConfig, to_dict(config)) == config
-    assert load_protocol(tmp_path / "eval.json") == config.data
-    assert json_schema(ProtocolFile)["properties"]["data"]
-    with pytest.raises(ConfigError, match=r"data\b.*nonsense: unknown key"):
-        from_dict(EvaluationConfig, {"data": {**values, "nonsense": 1}})
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"kind": "librispeech"},
-        {"folder": "trials"},
-        {"kind": "librimix", "root": "r", "part": "test", "max_missing": 1.5},
-        {"kind": "librimix", "root": "r", "part": "test", "sample_rate": 44100},
-        {"kind": "librimix", "root": "r", "part": "test", "enrollment": {"kind": "draw", "version": 2}},
-    ],
-)
-def test_wrong_configs_are_named(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="data"):
-        from_dict(EvaluationConfig, {"data": values})
+        open_trials(FolderTrials(str(tmp_path)))
 
 
 def test_evaluation_takes_a_protocol(toy: Toy, tmp_path: Path) -> None:
@@ -521,17 +478,19 @@ def test_evaluation_takes_a_protocol(toy: Toy, tmp_path: Path) -> None:
     )
     options: dict[str, Any] = {"jobs": 1, "metrics": ("si_sdr", "si_sdr_improvement")}
     report = evaluate(extractor, EvaluationConfig(data=protocol, **options), progress=False)
-    render_protocol(protocol, tmp_path / "disk")
-    on_files = evaluate(extractor, EvaluationConfig(data_dir=str(tmp_path / "disk"), **options), progress=False)
+    export_trials(protocol, tmp_path / "disk")
+    on_files = evaluate(extractor, EvaluationConfig(folder=str(tmp_path / "disk"), **options), progress=False)
     assert [row.values for row in report.trials] == [row.values for row in on_files.trials]
     assert report.to_dict()["left_out"] == [f"{tmp_path}/map:2: mixture {MIXTURE!r} has no utterance 'nobody'"]
     assert "left out 1 trials" in format_report(report)
-    for wrong in (EvaluationConfig(), EvaluationConfig(data=protocol, data_dir="x")):
+    few = EvaluationConfig(data=dataclasses.replace(protocol, segment_seconds=0.25), limit=1, **options)
+    assert [row.seconds for row in evaluate(extractor, few, progress=False).trials] == [0.25]
+    for wrong in (EvaluationConfig(), EvaluationConfig(data=protocol, folder="x")):
         with pytest.raises(ConfigError, match="set one of them"):
             evaluate(extractor, wrong)
 
 
 def test_a_recipe_that_fails_is_an_error_of_ours(toy: Toy, tmp_path: Path) -> None:
-    (trial,) = open_protocol(mapped(toy, tmp_path / "map", f"{MIXTURE} spk000-07-0000 s1/{OTHER}")).trials
+    (trial,) = open_trials(mapped(toy, tmp_path / "map", f"{MIXTURE} spk000-07-0000 s1/{OTHER}")).trials
     with pytest.raises(AudioError, match="they must match"):
         load_trial(dataclasses.replace(trial, target=trial.enrollment), 16000)

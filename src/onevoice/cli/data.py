@@ -54,9 +54,9 @@ def mix(
     if protocol is not None:
         if len(corpus_and_out) != 1:
             raise ConfigError("mix --protocol FILE.json takes one folder, the one to write: the file names the rest")
-        from onevoice.trials import load_protocol, render_protocol
+        from onevoice.trials import export_trials, load_trials_config
 
-        print(render_protocol(load_protocol(protocol), corpus_and_out[0], workers=workers))
+        print(export_trials(load_trials_config(protocol), corpus_and_out[0], workers=workers))
         return
     if len(corpus_and_out) < 2:
         raise ConfigError("mix takes one or more corpora and, last, the folder to write: onevoice mix CORPUS... OUT")

@@ -106,7 +106,9 @@ def eval_(
     *,
     checkpoint: Annotated[str, Parameter(name=["--checkpoint", "--pretrained", "--resume", "--r", "-r"])],
     config: EvalConfigFile = None,
-    test_data_dir: Annotated[Path | None, Parameter(name=["--test-data-dir", "--t", "-t"])] = None,
+    folder: Annotated[
+        Path | None, Parameter(name=["--folder", "-t", "--test-data-dir", "--test-data-folder", "--t"])
+    ] = None,
     batch_size: Annotated[int | None, Parameter(name=["--batch-size", "--b", "-b"])] = None,
     jobs: Annotated[int | None, Parameter(name=["--jobs", "--j", "-j"])] = None,
     output: Annotated[Path | None, Parameter(name=["--output", "--o", "-o"])] = None,
@@ -120,7 +122,7 @@ def eval_(
         checkpoint: The weights to score: a published NAME, a PATH (usually a run's best.safetensors), or
             hf://OWNER/REPO.
         config: A JSON file with defaults for the options below, such as configs/test_config.json.
-        test_data_dir: The folder of trials: mix/, refs/ and targets/, or NAME-mixed.wav, -ref.wav and -target.wav.
+        folder: The folder of trials: mix/, refs/ and targets/, or NAME-mixed.wav, -ref.wav and -target.wav.
         batch_size: Trials per pass of the network. It changes the speed, not the numbers.
         jobs: Processes for the metrics; by default one per core.
         output: Write the result to this JSON file, and one row per trial to a CSV file beside it.
@@ -139,11 +141,11 @@ def eval_(
     )
     from onevoice.extraction.extractor import load
     from onevoice.files import require_writable
-    from onevoice.trials import place_of
+    from onevoice.trials import place_of, to_record
 
     settings = EvaluationConfig() if config is None else load_config(EvaluationConfig, config)
     options: dict[str, Any] = {
-        "data_dir": None if test_data_dir is None else str(test_data_dir),
+        "folder": None if folder is None else str(folder),
         "batch_size": batch_size,
         "jobs": jobs,
         "limit": limit,
@@ -151,11 +153,11 @@ def eval_(
         "device": device,
     }
     chosen = {key: value for key, value in options.items() if value is not None}
-    if test_data_dir is not None:
+    if folder is not None:
         chosen["data"] = None
     settings = from_dict(EvaluationConfig, {**to_dict(settings), **chosen}, name="options")
-    if settings.data_dir is None and settings.data is None:
-        raise ConfigError("no trials to score; name a folder of trials with -t FOLDER, or as data_dir in the config")
+    if settings.folder is None and settings.data is None:
+        raise ConfigError("no trials to score; name a folder of trials with -t FOLDER, or as `folder` in the config")
     if output is not None:
         if output.suffix.lower() != ".json":
             raise ConfigError(f"{output}: must end in .json; the rows go into a .csv file beside it")
@@ -164,9 +166,9 @@ def eval_(
     extractor = load(checkpoint, settings.model, settings.device)
     require_rate(settings.metrics, extractor.sample_rate)
     report = evaluate(extractor, settings)
-    print(f"{checkpoint} on {place_of(settings.protocol)}")
+    print(f"{checkpoint} on {place_of(settings.trials)}")
     print(format_report(report))
     if output is not None:
-        about = {"checkpoint": checkpoint, "data": to_dict(settings.protocol), "facts": dict(extractor.card.facts)}
+        about = {"checkpoint": checkpoint, "data": to_record(settings.trials), "facts": dict(extractor.card.facts)}
         rows = save_report(report, output, about)
         print(f"written: {output}, {rows}")

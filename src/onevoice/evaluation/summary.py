@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from onevoice.extraction.extractor import Extractor
 from onevoice.files import atomic_write
 from onevoice.models import ModelConfig
 from onevoice.processes import ordered_map
-from onevoice.trials import FolderProtocol, ProtocolConfig, open_protocol
+from onevoice.trials import FolderTrials, TrialsConfig, open_trials
 from onevoice.trials.trials import EpochSampler, TrialDataset, collate, read_batches
 
 METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
@@ -46,29 +46,40 @@ METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", 
 
 @section(frozen=True, config=STRICT)
 class EvaluationConfig:
-    """What `eval.py --c FILE` reads; every key has an option of the command that goes before it."""
+    """What `eval.py --c FILE` reads. Options of the command override it."""
 
-    data_dir: str | None = None
-    """Folder of trials, in either layout of `onevoice.trials.trials`."""
-    data: ProtocolConfig | None = None
-    """The trials of a protocol (`onevoice.trials`), in place of `data_dir`."""
+    folder: str | None = None
+    """A folder of trials, short for `data` of kind "folder"."""
+    data: TrialsConfig | None = None
+    """The trials, by `kind`: a folder of trials or another data set; null when `folder` is set."""
     batch_size: PositiveInt = 1
+    """Trials per pass of the network; the scores do not depend on it."""
     jobs: NonNegativeInt = 0
-    """Processes for the metrics; 0 for one per core."""
+    """Number of processes for the metrics; 0 for one per core."""
     limit: PositiveInt | None = None
-    """Use only the first trials: of a folder by name, of a protocol in its order."""
+    """Number of trials to use, from the first one on; null for `data.limit`."""
     metrics: tuple[MetricName, ...] = METRIC_NAMES
+    """The metrics to compute."""
     device: str = "auto"
-    """Where the network runs: cpu, cuda, …; auto takes the best there is."""
+    """Where the network runs: cpu, cuda, …; auto takes the best available device."""
     model: ModelConfig | None = None
-    """Needed only for checkpoints that do not say which model they are (`.pth`)."""
+    """The network; needed only for checkpoints that do not describe theirs (`.pth`)."""
+
+    @staticmethod
+    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rename `data_dir` or `test_data_dir`, the older names of `folder`; `from_dict` calls this."""
+        old = next((key for key in ("data_dir", "test_data_dir") if key in values), "")
+        if not old or "folder" in values:
+            return values
+        return {"folder" if key == old else key: value for key, value in values.items()}
 
     @property
-    def protocol(self) -> ProtocolConfig:
-        """Where the trials come from, in one form; raises `ConfigError` unless it is one place."""
-        if (self.data_dir is None) == (self.data is None):
-            raise ConfigError("data_dir, data: set one of them; trials come from a folder or from a protocol")
-        return self.data or FolderProtocol(str(self.data_dir))
+    def trials(self) -> TrialsConfig:
+        """The set of trials, from `folder` or `data`; raises `ConfigError` unless exactly one is set."""
+        if (self.folder is None) == (self.data is None):
+            raise ConfigError("folder, data: set one of them; trials come from a folder or from another data set")
+        chosen = self.data or FolderTrials(str(self.folder))
+        return chosen if self.limit is None else replace(chosen, limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -127,15 +138,18 @@ class Report:
 
 
 def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool = True) -> Report:
-    """Score the trials of `config.data_dir` in order of their names, or those of `config.data` in theirs.
+    """Score the trials of `config.folder` or `config.data`, in the order of the data set.
 
     Raises `CorpusError` or `AudioError` for unusable trials, `MissingDependencyError` without the extra `eval`.
     """
-    opened = open_protocol(config.protocol, config.limit)
+    chosen = config.trials
+    opened = open_trials(chosen)
     trials = opened.trials
     rate = extractor.sample_rate
     jobs = min(config.jobs or os.cpu_count() or 1, len(trials))
-    estimates = _estimates(extractor, TrialDataset(trials, rate), config.batch_size)
+    estimates = _estimates(
+        extractor, TrialDataset(trials, rate, (), chosen.segment_seconds, chosen.enrollment_seconds), config.batch_size
+    )
     make_score = functools.partial(functools.partial, score, sample_rate=rate, metrics=config.metrics)
     with contextlib.closing(ordered_map(make_score, estimates, jobs)) as scores:
         rows = list(tqdm(scores, total=len(trials), desc="eval", disable=None if progress else True))

@@ -18,8 +18,8 @@ from onevoice.errors import ConfigError
 from onevoice.mixing.draw import Drawer
 from onevoice.mixing.render import Renderer
 from onevoice.processes import ignore_stop_requests, keep_freed_memory
-from onevoice.training.experiment import DataConfig, DynamicTrials, Trials
-from onevoice.trials import open_protocol
+from onevoice.training.experiment import DataConfig, DynamicTrials
+from onevoice.trials import TrialsConfig, open_trials
 from onevoice.trials.trials import WHOLE, EpochSampler, Share, TrialBatch, TrialDataset, collate, part_of, read_batches
 
 Key = tuple[int, int]
@@ -57,7 +57,7 @@ class ValidationTrials:
     ) -> None:
         part = data.validation
         trials = TrialDataset(
-            open_protocol(part.protocol, part.limit).trials,
+            open_trials(part).trials,
             sample_rate,
             (),
             part.segment_seconds,
@@ -78,14 +78,14 @@ class TrialSource(Source):
 
     def __init__(
         self,
-        chosen: Trials,
+        chosen: TrialsConfig,
         data: DataConfig,
         sample_rate: int,
         seed: int,
         device: torch.device,
         share: Share = WHOLE,
     ) -> None:
-        trials = open_protocol(chosen.protocol, chosen.limit).trials
+        trials = open_trials(chosen).trials
         self.speakers = sorted({trial.speaker for trial in trials})
         self.dataset = TrialDataset(
             trials, sample_rate, self.speakers, chosen.segment_seconds, chosen.enrollment_seconds, seed

@@ -11,61 +11,43 @@ from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.models import ModelConfig, SpExPlusConfig
 from onevoice.training.loss import MultiLoss
 from onevoice.training.tracking import TrackingConfig
-from onevoice.trials import FolderProtocol, ProtocolConfig
+from onevoice.trials.config import (
+    Folder,
+    LibriMix,
+    LibriMixMetadata,
+    TrialsConfig,
+    Wsj0,
+    flatten_trial_set,
+    kind,
+)
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Trials:
-    """Trials that exist: a folder in either layout of `onevoice.trials.trials`, or those of a protocol."""
-
-    folder: str | None = None
-    data: ProtocolConfig | None = None
-    """The trials of a protocol (`onevoice.trials`), in place of `folder`."""
-    kind: Literal["trials"] = "trials"
-    segment_seconds: PositiveFloat | None = None
-    """Longest part of a mixture that is used, cut anew each epoch; null for all of it."""
-    enrollment_seconds: PositiveFloat | None = None
-    """The same for enrollments."""
-    limit: PositiveInt | None = None
-    """Use only the first trials: of a folder by name, of a protocol in its order."""
-
-    def __post_init__(self) -> None:
-        """Check that the trials come from one place."""
-        if (self.folder is None) == (self.data is None):
-            raise ValueError("set folder or data: trials come from a folder or from a protocol")
-
-    @property
-    def protocol(self) -> ProtocolConfig:
-        """Where the trials come from, in one form."""
-        return self.data or FolderProtocol(str(self.folder))
-
-
-@dataclass(frozen=True, config=STRICT)
 class DynamicTrials:
-    """Mixtures drawn anew at every step from packed speech; each step of the law but the mixing is off by default."""
+    """Mixtures drawn at every step from packed speech; every stage except mixing is off by default."""
 
     pack: str
     """A folder written by `onevoice corpus pack`."""
     kind: Literal["dynamic"] = "dynamic"
+    """The data set: mixtures drawn at every step."""
     examples_per_epoch: PositiveInt = 20_000
+    """Number of mixtures per epoch."""
     on_device: bool = False
     """Keep the packs in the memory of the training device and render there, instead of in worker processes."""
     mixing: MixingStep = MixingStep()
+    """How voices are mixed."""
     noise: NoiseStep | None = None
+    """Noise to add; null for none."""
     reverb: ReverbStep | None = None
+    """Rooms to simulate; null for none."""
     channel: ChannelStep | None = None
-
-
-def _kind(value: Any) -> str:
-    """Return which kind of training data a section is; trials that exist unless it says so."""
-    kind = value.get("kind", "trials") if isinstance(value, dict) else getattr(value, "kind", None)
-    return str(kind)
+    """Distortions of the enrollment; null for none."""
 
 
 TrainingData = Annotated[
-    Annotated[Trials, Tag("trials")] | Annotated[DynamicTrials, Tag("dynamic")], Discriminator(_kind)
+    Folder | LibriMix | LibriMixMetadata | Wsj0 | Annotated[DynamicTrials, Tag("dynamic")], Discriminator(kind)
 ]
 
 
@@ -74,11 +56,15 @@ class DataConfig:
     """Where trials come from and how they are batched."""
 
     train: TrainingData
-    validation: Trials
+    """The training data, by `kind`: a folder of trials, another data set, or mixtures drawn at every step."""
+    validation: TrialsConfig
+    """The validation trials, by `kind`: a folder of trials or another data set."""
     batch_size: PositiveInt = 8
+    """Trials per training step."""
     validation_batch_size: PositiveInt = 1
+    """Trials per pass of the network in validation."""
     workers: NonNegativeInt = 2
-    """Processes that read and decode; they never change what is read."""
+    """Number of processes that read and decode; the data do not depend on it."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -193,6 +179,15 @@ class Experiment:
     scheduler: SchedulerConfig = OneCycleConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @staticmethod
+    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rewrite the sections of trials from earlier versions; `from_dict` calls this."""
+        data = values.get("data")
+        if not isinstance(data, Mapping):
+            return values
+        trials = {part: flatten_trial_set(data[part]) for part in ("train", "validation") if part in data}
+        return {**values, "data": {**data, **trials}}
 
     def __post_init__(self) -> None:
         """Check that a batch can be split."""

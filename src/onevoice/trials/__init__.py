@@ -1,42 +1,44 @@
 """The field's test and training sets, read without conversion: a config in, trials out.
 
-    open_protocol(LibriMixProtocol("/data/Libri2Mix", part="test", sample_rate=8000)).trials
+    open_trials(LibriMixTrials("/data/Libri2Mix", part="test", sample_rate=8000)).trials
 
-`render_protocol` writes any of them to a folder of plain trials.
+`export_trials` writes any of them to a folder of plain trials.
 """
 
 from onevoice.trials.config import (
     EnrollmentDraw,
     EnrollmentMapFile,
-    FolderProtocol,
-    LibriMixMetadataProtocol,
-    LibriMixProtocol,
-    ProtocolConfig,
-    ProtocolFile,
-    Wsj0Protocol,
-    load_protocol,
+    FolderTrials,
+    LibriMixMetadataTrials,
+    LibriMixTrials,
+    TrialsConfig,
+    TrialsFile,
+    Wsj0Trials,
+    load_trials_config,
+    to_record,
 )
 from onevoice.trials.enrollment import read_map, write_map
-from onevoice.trials.export import RenderSummary, render_protocol
+from onevoice.trials.export import ExportSummary, export_trials
 from onevoice.trials.librimix_trials import enrollment_map
-from onevoice.trials.opening import TrialList, open_protocol, place_of
+from onevoice.trials.opening import TrialList, open_trials, place_of
 
 __all__ = [
     "EnrollmentDraw",
     "EnrollmentMapFile",
-    "FolderProtocol",
-    "LibriMixMetadataProtocol",
-    "LibriMixProtocol",
-    "ProtocolConfig",
-    "ProtocolFile",
-    "RenderSummary",
+    "ExportSummary",
+    "FolderTrials",
+    "LibriMixMetadataTrials",
+    "LibriMixTrials",
     "TrialList",
-    "Wsj0Protocol",
+    "TrialsConfig",
+    "TrialsFile",
+    "Wsj0Trials",
     "enrollment_map",
-    "load_protocol",
-    "open_protocol",
+    "export_trials",
+    "load_trials_config",
+    "open_trials",
     "place_of",
     "read_map",
-    "render_protocol",
+    "to_record",
     "write_map",
 ]

@@ -7,23 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onevoice.audio import probe_audio
-from onevoice.config import to_dict
+from onevoice.errors import ConfigError
 from onevoice.mixing.folder import MadeMixture, MadeTrial, Outcome, write_trials
 from onevoice.trials.config import (
-    FolderProtocol,
-    LibriMixMetadataProtocol,
-    LibriMixProtocol,
-    ProtocolConfig,
-    Wsj0Protocol,
+    FolderTrials,
+    LibriMixMetadataTrials,
+    LibriMixTrials,
+    TrialsConfig,
+    Wsj0Trials,
+    to_record,
 )
-from onevoice.trials.opening import TrialList, open_protocol
+from onevoice.trials.opening import TrialList, open_trials
 from onevoice.trials.trials import Sound, Trial, load_trial
 
 RENDER_VERSION = 1
 
 
 @dataclass
-class RenderSummary:
+class ExportSummary:
     """What a run wrote, and one line for each trial that the protocol had to leave out."""
 
     trials: int
@@ -41,34 +42,35 @@ class RenderSummary:
         return "; ".join([f"{self.trials} trials ({self.mixture_seconds / 3600:.2f} h)", *left_out, *self.notes])
 
 
-def render_protocol(
-    config: ProtocolConfig,
+def export_trials(
+    config: TrialsConfig,
     out: str | Path,
     *,
     sample_rate: int | None = None,
-    limit: int | None = None,
     workers: int = 1,
-) -> RenderSummary:
+) -> ExportSummary:
     """Write the trials of a protocol as NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl to `out`.
 
     Files are 16-bit WAV at `sample_rate` in Hz, by default that of the protocol (of a folder: of its first mixture),
     where LibriMix keeps every bit of its files. Interrupted and started again, it goes on where it stood.
 
-    Raises what `open_protocol` does, `AudioError` for a file that cannot be decoded, `CorpusError` when `out` holds
+    Raises what `open_trials` does, `AudioError` for a file that cannot be decoded, `CorpusError` when `out` holds
     another run, `StorageError` when it cannot be written.
     """
+    if config.segment_seconds is not None or config.enrollment_seconds is not None:
+        raise ConfigError("segment_seconds, enrollment_seconds: trials are written whole; remove these keys")
     out = Path(out)
-    opened = open_protocol(config, limit)
+    opened = open_trials(config)
     rate = sample_rate or _own_rate(opened)
     roots = _roots(config)
     settings = {
         "render_version": RENDER_VERSION,
-        "corpus": to_dict(config),
+        "corpus": to_record(config),
         "sample_rate": rate,
         "trials": len(opened.trials),
         "trials_digest": _digest(opened.trials, roots),
     }
-    summary = RenderSummary(0, 0.0, opened.left_out, opened.notes)
+    summary = ExportSummary(0, 0.0, opened.left_out, opened.notes)
     start = functools.partial(TrialCopier, opened.trials, roots, rate)
     write_trials(out, settings, start, summary, workers)
     return summary
@@ -105,14 +107,14 @@ def _own_rate(opened: TrialList) -> int:
     return probe_audio(first, str(first))[1]
 
 
-def _roots(config: ProtocolConfig) -> tuple[Path, ...]:
+def _roots(config: TrialsConfig) -> tuple[Path, ...]:
     """Return the folders that the trials' files lie in, relative to which they are named."""
-    if isinstance(config, FolderProtocol):
+    if isinstance(config, FolderTrials):
         return (Path(config.folder),)
-    if isinstance(config, Wsj0Protocol):
+    if isinstance(config, Wsj0Trials):
         return tuple(Path(folder) for folder in config.replace.values())
-    own = (Path(config.root),) if isinstance(config, LibriMixProtocol) else ()
-    assert isinstance(config, LibriMixProtocol | LibriMixMetadataProtocol)
+    own = (Path(config.root),) if isinstance(config, LibriMixTrials) else ()
+    assert isinstance(config, LibriMixTrials | LibriMixMetadataTrials)
     return own if config.librispeech_dir is None else (*own, Path(config.librispeech_dir))
 
 

@@ -20,22 +20,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from onevoice.audio import Mono, read_audio, through_pcm16
 from onevoice.errors import CorpusError, MissingDependencyError
+from onevoice.trials.config import Mode, Rate
 
 SOURCE_RATE = 16_000
 """Rate in Hz of LibriSpeech and of the WHAM noise."""
 FADE_SAMPLES = SOURCE_RATE // 2 + 1
 """Half of a Hanning window of one second, its peak included: the crossfade of prolonged noise."""
-
-Rate = Literal[8000, 16000]
-Mode = Literal["min", "max"]
-MixtureType = Literal["mix_clean", "mix_both", "mix_single"]
 
 Sources = tuple[Float32[np.ndarray, "_samples"], ...]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onevoice.errors import ConfigError
 from onevoice.trials.checks import Asked, Listed, require_folder
-from onevoice.trials.config import EnrollmentDraw, EnrollmentMapFile, LibriMixMetadataProtocol, LibriMixProtocol
+from onevoice.trials.config import EnrollmentDraw, EnrollmentMapFile, LibriMixMetadataTrials, LibriMixTrials
 from onevoice.trials.enrollment import (
     EnrollmentMap,
     Mixture,
@@ -20,7 +20,7 @@ from onevoice.trials.enrollment import (
 from onevoice.trials.librimix import SOURCE_RATE, LibriMixSound, read_csv, read_metadata, require_resampler
 from onevoice.trials.trials import Sound, Trial
 
-LibriMixConfig = LibriMixProtocol | LibriMixMetadataProtocol
+LibriMixConfig = LibriMixTrials | LibriMixMetadataTrials
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def ask_librimix(config: LibriMixConfig) -> Listed:
     Raises `CorpusError` for folders and lists that are not there or cannot be read, `ConfigError` for settings that
     contradict each other, `MissingDependencyError` at 8 kHz without scipy.
     """
-    shelf = _generated(config) if isinstance(config, LibriMixProtocol) else _rendered(config)
+    shelf = _generated(config) if isinstance(config, LibriMixTrials) else _rendered(config)
     targets = [Target(mixture, k + 1) for mixture in shelf.mixtures.values() for k in range(len(mixture.utterances))]
     enrollments = _enrollments(config, shelf, [target.key for target in targets])
     known = {target.key for target in targets}
@@ -85,7 +85,7 @@ def ask_librimix(config: LibriMixConfig) -> Listed:
 
 def enrollment_map(config: LibriMixConfig) -> EnrollmentMap:
     """Return the map that a LibriMix config reads or draws; `enrollment.write_map` records it."""
-    shelf = _generated(config) if isinstance(config, LibriMixProtocol) else _rendered(config)
+    shelf = _generated(config) if isinstance(config, LibriMixTrials) else _rendered(config)
     keys = [(mixture.id, utterance) for mixture in shelf.mixtures.values() for utterance in mixture.utterances]
     return _enrollments(config, shelf, keys)
 
@@ -94,7 +94,7 @@ class _UnusableError(Exception):
     """Why one target has no trial."""
 
 
-def _generated(config: LibriMixProtocol) -> Shelf:
+def _generated(config: LibriMixTrials) -> Shelf:
     rate = f"wav{config.sample_rate // 1000}k"
     folder = require_folder(Path(config.root) / rate / config.mode / config.part, "a generated LibriMix as root")
     metadata = folder.parent / "metadata" / f"mixture_{config.part}_{config.mixture}.csv"
@@ -111,7 +111,7 @@ def _generated(config: LibriMixProtocol) -> Shelf:
     )
 
 
-def _rendered(config: LibriMixMetadataProtocol) -> Shelf:
+def _rendered(config: LibriMixMetadataTrials) -> Shelf:
     require_resampler(config.sample_rate)
     librispeech = require_folder(config.librispeech_dir, "the folder of LibriSpeech as librispeech_dir")
     wham = None

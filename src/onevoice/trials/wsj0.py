@@ -10,13 +10,13 @@ from pathlib import Path
 
 from onevoice.errors import CorpusError
 from onevoice.trials.checks import Asked, Listed, require_folder
-from onevoice.trials.config import Wsj0Protocol
+from onevoice.trials.config import Wsj0Trials
 from onevoice.trials.trials import Trial
 
 SPEAKER_CHARACTERS = 3
 
 
-def ask_wsj0(config: Wsj0Protocol) -> Listed:
+def ask_wsj0(config: Wsj0Trials) -> Listed:
     """Return the trials in the order of `mix.scp`, and a line for each key that cannot be one.
 
     Raises `CorpusError` for a list that is not there or holds a line that is not `key path`.
@@ -62,7 +62,7 @@ def _speaker(utterance: str) -> str:
     return utterance[:SPEAKER_CHARACTERS]
 
 
-def _read_scp(path: Path, config: Wsj0Protocol) -> dict[str, Path]:
+def _read_scp(path: Path, config: Wsj0Trials) -> dict[str, Path]:
     """Read one list, with the beginnings of its paths replaced; the longest beginning that fits goes first."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
