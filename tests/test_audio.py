@@ -14,7 +14,7 @@ from onevoice.audio import (
     FORMATS,
     read_audio,
     require_finite,
-    require_sound,
+    require_not_silent,
     require_writable_format,
     resample,
     to_mono,
@@ -120,9 +120,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.xyz", "a", "a.raw", "a.xi", ".wav"])
 def test_unknown_endings_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(AudioError, match=r"unknown ending .*; end the name in \.wav"):
+    with pytest.raises(AudioError, match=r"unknown extension .*; use \.wav"):
         require_writable_format(tmp_path / name)
-    with pytest.raises(AudioError, match="unknown ending"):
+    with pytest.raises(AudioError, match="unknown extension"):
         write_audio(tmp_path / name, sine(440, 8000), 8000)
     assert not list(tmp_path.iterdir())
 
@@ -183,9 +183,9 @@ def test_nan_in_a_file(tmp_path: Path) -> None:
 
 def test_finite_and_sound() -> None:
     require_finite(np.zeros(3, np.float32), "x")
-    require_sound(np.array([0.0, 1e-30], np.float32), "x")
+    require_not_silent(np.array([0.0, 1e-30], np.float32), "x")
     for bad, message in ((np.zeros(0, np.float32), "no samples"), (np.array([np.nan], np.float32), "NaN")):
         with pytest.raises(AudioError, match=f"x: holds {message}"):
             require_finite(bad, "x")
     with pytest.raises(AudioError, match=r"x: is silent \(all samples are 0.25\)"):
-        require_sound(np.full(9, 0.25, np.float32), "x")
+        require_not_silent(np.full(9, 0.25, np.float32), "x")

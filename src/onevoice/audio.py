@@ -1,12 +1,12 @@
-"""Sound in and out of files: the only module that knows soundfile and soxr.
+"""Reading and writing audio files: the only module that knows soundfile and soxr.
 
-Inside the package sound is a float32 NumPy array of full scale 1.0, mono `(samples,)` unless a shape says
-otherwise. Decided once, here:
+Inside the package, audio is a float32 NumPy array with full scale 1.0, mono `(samples,)` unless a shape says otherwise.
+The rules:
 
-- every format that libsndfile decodes is read (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, …);
+- every format that libsndfile decodes can be read (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, …);
 - channels are averaged to mono;
-- rates are converted by soxr at its high quality (HQ) setting;
-- a missing, empty, truncated or undecodable file and NaN or infinite samples raise `AudioError`.
+- soxr converts sample rates at its high-quality (HQ) setting;
+- a missing, empty, truncated or undecodable file, and NaN or infinite samples, raise `AudioError`.
 """
 
 import contextlib
@@ -35,37 +35,36 @@ FORMATS = {
     ".w64": "W64",
     ".caf": "CAF",
 }
-"""File endings (lower case) that can be written, with libsndfile's word for each."""
+"""Extensions (lower case) of files that can be written, and libsndfile's name for each format."""
 
 EXTENSIONS = tuple(FORMATS)
-"""File endings (lower case) that are taken for sound when folders are searched."""
+"""Extensions (lower case) of audio files in a corpus."""
 
-LARGEST_OGG_PAGE = 65_307
-"""In bytes (RFC 3533)."""
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768_000
+"""In Hz; a rate outside this range means a damaged header."""
 
-LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
-"""Sample rates in Hz outside this range are taken for a damaged header."""
+MAX_OGG_PAGE_BYTES = 65_307
+"""RFC 3533."""
 
-STREAMED_BYTES = 0x7FFF0000
-"""A length in a header from which on it is the mark of a stream whose length was not known."""
+UNKNOWN_LENGTH_BYTES = 0x7FFF0000
+"""A writer that cannot seek back puts a length of at least this into the header."""
 
 Mono = Float[np.ndarray, "_samples"]
-"""Mono sound; lengths of several arguments need not agree (the underscore)."""
+"""Mono audio. Because of the underscore, two arguments may differ in length."""
 
-_SHORTER = re.compile(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_SIZE_MISMATCH = re.compile(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 def read_audio(
-    path: str | Path, sample_rate: int | None = None, *, channel: int | None = None, most: int | None = None
+    path: str | Path, sample_rate: int | None = None, *, channel: int | None = None, max_samples: int | None = None
 ) -> tuple[Mono, int]:
-    """Read a sound file as mono float32 and return `(samples, rate in Hz)`.
+    """Read an audio file as mono float32; return `(samples, rate in Hz)`.
 
-    `channel` takes that channel, counted from 0, instead of the average of all; `most` reads at most so many
-    samples from the start. With `sample_rate` the samples are converted to that rate. Raises `AudioError` for
-    anything unusable.
+    `sample_rate` converts the samples to that rate. `channel`, counted from 0, selects one channel instead of the
+    average, and `max_samples` reads no further than that. Raises `AudioError` if the file is unusable.
     """
     path = require_file(path)
-    return decode_audio(path, str(path), sample_rate, channel=channel, most=most)
+    return decode_audio(path, str(path), sample_rate, channel=channel, max_samples=max_samples)
 
 
 def decode_audio(
@@ -74,15 +73,16 @@ def decode_audio(
     sample_rate: int | None = None,
     *,
     channel: int | None = None,
-    most: int | None = None,
+    max_samples: int | None = None,
 ) -> tuple[Mono, int]:
-    """Do the same for an existing file or an open stream; `name` opens the message of an error."""
-    with _opened(source, name) as file:
-        announced, rate = file.frames if most is None else min(most, file.frames), file.samplerate
-        channels = file.read(announced, dtype="float32", always_2d=True)
+    """Do what `read_audio` does for an existing file or an open stream; error messages start with `name`."""
+    with _open(source, name) as file:
+        rate = file.samplerate
+        expected = file.frames if max_samples is None else min(max_samples, file.frames)
+        channels = file.read(expected, dtype="float32", always_2d=True)
         _require_ogg_end(source, name)
-    if len(channels) < announced:
-        raise AudioError(f"{name}: truncated ({len(channels)} of {announced} samples can be decoded); copy it again")
+    if len(channels) < expected:
+        raise AudioError(f"{name}: truncated ({len(channels)} of {expected} samples can be decoded); copy it again")
     if channel is not None and channel >= channels.shape[1]:
         raise AudioError(f"{name}: has no channel {channel}, only {channels.shape[1]}")
     samples = to_mono(channels.T) if channel is None else np.ascontiguousarray(channels[:, channel])
@@ -93,21 +93,21 @@ def decode_audio(
 
 
 def probe_audio(source: Path | io.BufferedIOBase, name: str) -> tuple[int, int]:
-    """Return `(samples per channel, rate in Hz)` as the header says, without decoding.
+    """Return `(samples per channel, rate in Hz)` from the header, without decoding.
 
-    Raises `AudioError` when there is no such header or no sound behind it; damage further on goes unseen.
+    Raises `AudioError` if the header is unreadable or the file has no samples. Damage after the header goes unnoticed.
     """
-    with _opened(require_file(source) if isinstance(source, Path) else source, name) as file:
+    with _open(require_file(source) if isinstance(source, Path) else source, name) as file:
         if not file.frames:
             raise AudioError(f"{name}: holds no samples")
         return file.frames, file.samplerate
 
 
 def require_file(path: str | Path) -> Path:
-    """Return `path` when it is a file with something in it; raise `AudioError` otherwise."""
+    """Return `path` if it is a file and not empty; raise `AudioError` otherwise."""
     path = Path(path)
     if path.is_dir():
-        raise AudioError(f"{path}: is a folder; name a sound file")
+        raise AudioError(f"{path}: is a folder; name an audio file")
     if not path.exists():
         raise AudioError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -118,18 +118,18 @@ def require_file(path: str | Path) -> Path:
 def write_audio(
     path: str | Path, samples: Mono, sample_rate: int, *, subtype: str | None = None, durable: bool = True
 ) -> None:
-    """Write mono `samples` to `path` in the format its ending names, whole or not at all.
+    """Write mono `samples` to `path`, all or nothing, in the format that its extension names.
 
-    `subtype` is libsndfile's word for the sample format ("PCM_16", "FLOAT", …); None takes the usual one of
-    the format, which is PCM_16 for WAV and FLAC. Integer formats clip at ±1; PCM_16 is rounded to the nearest
-    value, where libsndfile would round towards −1. Raises `AudioError` for an unknown ending, NaN samples or a
-    rate the format does not know, `StorageError` when the disk is full.
+    `subtype` is libsndfile's name for the sample format ("PCM_16", "FLOAT", …); None means the format's default,
+    which is PCM_16 for WAV and FLAC. Integer formats clip at ±1. PCM_16 rounds to the nearest value, whereas
+    libsndfile rounds toward −1. Raises `AudioError` for an unknown extension, NaN samples or a sample rate that the
+    format does not support, and `StorageError` if the disk is full.
     """
     path = Path(path)
     require_finite(samples, f"{path} (to be written)")
     kind = _format_of(path)
-    if not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:  # libsndfile does not survive all of them
-        raise AudioError(f"{path}: cannot be written at {sample_rate} Hz; choose a usual sample rate")
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:  # some rates crash libsndfile
+        raise AudioError(f"{path}: cannot be written at {sample_rate} Hz; choose a common sample rate")
     if path.suffix.lower() == ".opus":
         subtype = subtype or "OPUS"
     is_pcm16 = (subtype or soundfile.default_subtype(kind)) == "PCM_16"
@@ -145,15 +145,15 @@ def write_audio(
 
 
 def to_pcm16(samples: Mono) -> Int16[np.ndarray, "samples"]:
-    """Round `samples` to the nearest of the 65,536 values of 16-bit PCM, ±1 being ±32768; clip beyond."""
+    """Round `samples` to the nearest 16-bit value, with ±1 as ±32768, and clip."""
     return np.clip(np.rint(samples * np.float32(32768)), -32768, 32767).astype(np.int16)
 
 
-def through_pcm16(samples: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples"]:
-    """Return `samples` as they come back from the 16-bit file that `soundfile.write` makes of them.
+def pcm16_round_trip(samples: Float[np.ndarray, " samples"]) -> Float[np.ndarray, " samples"]:
+    """Return `samples` as `soundfile` reads them back after writing them to a 16-bit file.
 
-    That is what data sets written by soundfile hold: libsndfile cuts to 16 bits towards −1, where `to_pcm16`
-    rounds to the nearest, and clips at ±1. float32 and float64 samples can differ in the last bit.
+    Data sets written by soundfile hold these values: libsndfile rounds toward −1, whereas `to_pcm16` rounds to the
+    nearest value, and clips at ±1. float32 and float64 samples can differ in the last bit.
     """
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, 8000, format="WAV", subtype="PCM_16")
@@ -162,12 +162,12 @@ def through_pcm16(samples: Float[np.ndarray, " samples"]) -> Float[np.ndarray, "
 
 
 def require_writable_format(path: str | Path) -> None:
-    """Raise `AudioError` when `path` does not end in a format that can be written."""
+    """Raise `AudioError` if the extension of `path` names no format that can be written."""
     _format_of(Path(path))
 
 
 def resample(samples: Mono, from_rate: int, to_rate: int) -> Float[np.ndarray, "resampled"]:
-    """Convert `samples` between rates in Hz; the length follows in proportion, give or take a sample."""
+    """Convert `samples` from one sample rate in Hz to another; the length scales with it, to within a sample."""
     if from_rate == to_rate or samples.size == 0:
         return samples
     return np.ascontiguousarray(soxr.resample(samples, from_rate, to_rate, quality="HQ"))
@@ -179,15 +179,15 @@ def to_mono(channels: Float[np.ndarray, "channels samples"]) -> Mono:
 
 
 def require_finite(samples: Float[np.ndarray, "*any"], name: str) -> None:
-    """Raise `AudioError` naming `name` for an empty array or one with NaN or infinity."""
+    """Raise `AudioError`, naming `name`, for an empty array or one with NaN or infinite samples."""
     if samples.size == 0:
         raise AudioError(f"{name}: holds no samples")
     if not np.isfinite(samples).all():
         raise AudioError(f"{name}: holds NaN or infinite samples; export it again as integer PCM")
 
 
-def require_sound(samples: Float[np.ndarray, "*any"], name: str) -> None:
-    """Raise `AudioError` naming `name` when all samples are equal: digital silence, with or without DC."""
+def require_not_silent(samples: Float[np.ndarray, "*any"], name: str) -> None:
+    """Raise `AudioError`, naming `name`, if all samples are equal: digital silence, with or without DC."""
     if samples.size and not np.ptp(samples) > 0:
         raise AudioError(f"{name}: is silent (all samples are {samples.flat[0]:g}); give a recording of speech")
 
@@ -195,7 +195,7 @@ def require_sound(samples: Float[np.ndarray, "*any"], name: str) -> None:
 def _format_of(path: Path) -> str:
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise AudioError(f"{path}: unknown ending {path.suffix!r}; end the name in .wav, .flac, .ogg or .mp3")
+        raise AudioError(f"{path}: unknown extension {path.suffix!r}; use .wav, .flac, .ogg or .mp3")
     return kind
 
 
@@ -204,30 +204,31 @@ def _reason(error: Exception) -> str:
 
 
 def _require_ogg_end(source: Path | io.BufferedIOBase, name: str) -> None:
-    """Raise `AudioError` for Ogg that ends too early; libsndfile reads what is left of it without a word."""
+    """Raise `AudioError` for a truncated Ogg file, which libsndfile reads without an error."""
     with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
         stream.seek(0)
         if stream.read(4) != b"OggS":
             return
-        stream.seek(max(0, stream.seek(0, io.SEEK_END) - LARGEST_OGG_PAGE))
-        if not _ends_ogg(stream.read()):
+        stream.seek(max(0, stream.seek(0, io.SEEK_END) - MAX_OGG_PAGE_BYTES))
+        if not _has_last_ogg_page(stream.read()):
             raise AudioError(f"{name}: truncated (its last Ogg page is missing); copy it again")
 
 
-def _ends_ogg(tail: bytes) -> bool:
-    """Say whether the last page of an Ogg file is whole and marked as the last (RFC 3533)."""
+def _has_last_ogg_page(tail: bytes) -> bool:
+    """Check whether the last page in `tail` is complete and marked as the last one of the file (RFC 3533)."""
     page = tail[max(0, tail.rfind(b"OggS")) :]
     if len(page) < 27 or len(page) < 27 + page[26]:
         return False
-    return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+    is_marked = bool(page[5] & 4)
+    return is_marked and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 @contextlib.contextmanager
-def _opened(source: Path | io.BufferedIOBase, name: str) -> Iterator[soundfile.SoundFile]:
+def _open(source: Path | io.BufferedIOBase, name: str) -> Iterator[soundfile.SoundFile]:
     try:
         with soundfile.SoundFile(source) as file:
-            _require_whole(file.extra_info, name)
-            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+            _require_full_length(file.extra_info, name)
+            if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(f"{name}: has a sample rate of {file.samplerate} Hz in its header; export it again")
             yield file
     except (soundfile.LibsndfileError, OSError, MemoryError, TypeError, ValueError) as error:
@@ -235,15 +236,15 @@ def _opened(source: Path | io.BufferedIOBase, name: str) -> Iterator[soundfile.S
         raise AudioError(f"{name}: cannot be decoded ({reason}); give WAV, FLAC, Ogg, Opus or MP3") from error
 
 
-def _require_whole(log: str, name: str) -> None:
-    """Raise `AudioError` when libsndfile's log says that a WAV or AIFF file is shorter than its header announces.
+def _require_full_length(log: str, name: str) -> None:
+    """Raise `AudioError` if, by libsndfile's log, a WAV or AIFF file is shorter than its header says.
 
-    libsndfile itself goes on with what is there. Headers of writers that could not seek back, with 0 or about 2 or
-    4 GiB in place of the length, announce nothing.
+    libsndfile itself reads what is there. Writers that cannot seek back leave 0 or about 2 or 4 GiB as the length, so
+    such a header says nothing.
     """
-    found = _SHORTER.search(log)
+    found = _SIZE_MISMATCH.search(log)
     if found is None:
         return
-    announced, there = int(found[1]), int(found[2])
-    if there < announced < STREAMED_BYTES:
-        raise AudioError(f"{name}: truncated ({there} of {announced} bytes of sound are there); copy it again")
+    expected, actual = int(found[1]), int(found[2])
+    if actual < expected < UNKNOWN_LENGTH_BYTES:
+        raise AudioError(f"{name}: truncated ({actual} of {expected} bytes of audio); copy it again")

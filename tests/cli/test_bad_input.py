@@ -531,7 +531,7 @@ def test_full_disk_in_training(home: Home, capsys: pytest.CaptureFixture[str], s
 
 @pytest.mark.parametrize(
     ("place", "complaint"),
-    [("file/out.wav", "cannot be written"), ("out.xyz", "unknown ending '.xyz'"), ("out", "unknown ending")],
+    [("file/out.wav", "cannot be written"), ("out.xyz", "unknown extension '.xyz'"), ("out", "unknown extension")],
 )
 @pytest.mark.parametrize("option", ["output", "residual"])
 def test_places_for_extract(

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from plain_librimix import RATE, TYPES, Toy, make_toy, plain_tree
 
-from onevoice.audio import through_pcm16
+from onevoice.audio import pcm16_round_trip
 from onevoice.errors import AudioError, CorpusError, MissingDependencyError
 from onevoice.trials.librimix import (
     FADE_SAMPLES,
@@ -53,8 +53,8 @@ def test_16_bits_are_cut_downwards_and_clipped() -> None:
     rng = np.random.default_rng(1)
     samples = np.concatenate([rng.uniform(-1.2, 1.2, 20_000), np.arange(-9, 9) / 32768, [1, -1]]).astype(np.float32)
     expected = np.clip(np.rint(samples.astype(np.float64) * 2**31).astype(np.int64) >> 16, -32768, 32767)
-    np.testing.assert_array_equal(through_pcm16(samples) * 32768, expected)
-    np.testing.assert_array_equal(through_pcm16(through_pcm16(samples)), through_pcm16(samples))
+    np.testing.assert_array_equal(pcm16_round_trip(samples) * 32768, expected)
+    np.testing.assert_array_equal(pcm16_round_trip(pcm16_round_trip(samples)), pcm16_round_trip(samples))
 
 
 def test_noise_fades_into_itself() -> None:

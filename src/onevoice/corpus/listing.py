@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onevoice.audio import require_sound
+from onevoice.audio import require_not_silent
 from onevoice.corpus.layouts import list_source
 from onevoice.corpus.recordings import Fault, Listing, Recording, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
@@ -251,7 +251,7 @@ class _Examiner:
 
 def _decoded(source: Recording) -> tuple[int, int]:
     samples, rate = source.read()
-    require_sound(samples, source.name)
+    require_not_silent(samples, source.name)
     return len(samples), rate
 
 

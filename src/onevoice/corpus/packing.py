@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from onevoice.audio import HIGHEST_RATE, LOWEST_RATE, require_sound, resample, to_pcm16
+from onevoice.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_not_silent, resample, to_pcm16
 from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_share
 from onevoice.corpus.pack import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, sha256_of
 from onevoice.corpus.recordings import Fault, Utterance
@@ -108,17 +108,17 @@ class _Encoder:
         source = job.utterance.source
         try:
             samples, source_rate = source.read()
-            require_sound(samples, source.name)
+            require_not_silent(samples, source.name)
             samples = resample(samples, round(source_rate * job.speed), self.sample_rate)
             encoded = to_pcm16(samples if self.keep_mean else remove_mean(samples))
-            require_sound(encoded.astype(np.float32), source.name)
+            require_not_silent(encoded.astype(np.float32), source.name)
         except AudioError as error:
             return Encoded(fault=source.fault(error).reason)
         return Encoded(encoded.astype("<i2").tobytes(), source_rate)
 
 
 def _check_settings(sample_rate: int, speeds: Sequence[float]) -> None:
-    if not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
         raise ConfigError(f"sample_rate: {sample_rate} Hz is not usable; choose 8000 or 16000")
     if not all(0.5 <= speed <= 2 and speed != 1 for speed in speeds) or len(set(speeds)) < len(speeds):
         raise ConfigError(f"speeds: {list(speeds)} must be different numbers from 0.5 to 2, without 1")

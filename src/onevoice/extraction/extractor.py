@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onevoice.audio import Mono, read_audio, require_finite, require_sound, resample, to_mono, write_audio
+from onevoice.audio import Mono, read_audio, require_finite, require_not_silent, resample, to_mono, write_audio
 from onevoice.devices import pick_device
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
@@ -74,7 +74,7 @@ class Extractor:
 
     def _extract(self, mixture: Mono, rate: int, enrollment: Mono, enrollment_rate: int) -> Mono:
         check_enrollment(enrollment, enrollment_rate, "enrollment")
-        require_sound(mixture, "mixture")
+        require_not_silent(mixture, "mixture")
         own = self.sample_rate
         batch: Batch = {
             "audio": torch.from_numpy(resample(mixture, rate, own))[None],
@@ -111,7 +111,7 @@ def extract_file(
         raise ConfigError(f"{residual}: is to be output and residual at once; give them two names")
     samples, rate = read_audio(mixture)
     voice, voice_rate = read_audio(enrollment)
-    require_sound(samples, str(mixture))
+    require_not_silent(samples, str(mixture))
     check_enrollment(voice, voice_rate, str(enrollment))
     estimate = extractor.extract(samples, rate, voice, voice_rate)
     written: list[Path] = []
@@ -134,7 +134,7 @@ def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
             f"{name}: lasts {seconds:.2f} s; an enrollment needs at least {MIN_ENROLLMENT_SECONDS} s of the voice, "
             "better 3 s or more"
         )
-    require_sound(samples, name)
+    require_not_silent(samples, name)
 
 
 def match_level(estimate: Mono, mixture: Mono, most: float = math.inf) -> Mono:

@@ -7,7 +7,7 @@ The law is that of the official generator (Cosentino et al., arXiv 2005.11262; g
     y_k cut to the shortest of them (`min`), or zeros behind the shorter (`max`)
     mix_clean = y_1 + … + y_n        mix_both = y_1 + … + y_n + v        mix_single = y_1 + v
 
-all in float32, summed from left to right, and every file 16 bits as libsndfile makes them (`audio.through_pcm16`).
+all in float32, summed from left to right, and every file 16 bits as libsndfile makes them (`audio.pcm16_round_trip`).
 The noise v is the first channel of its file, of the length of the longest x_k, treated as the y_k are; where the
 file is too short it is first prolonged by itself (`extend_noise`), and float64 from then on. What is rendered here
 equals those files bit by bit. At 8 kHz that holds for files made with scipy 1.8 or later: earlier ones resampled
@@ -25,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float, Float32
 
-from onevoice.audio import Mono, read_audio, through_pcm16
+from onevoice.audio import Mono, pcm16_round_trip, read_audio
 from onevoice.errors import CorpusError, MissingDependencyError
 from onevoice.trials.config import Mode, Rate
 
@@ -71,7 +71,7 @@ class LibriMixSound:
 
         Raises `AudioError` or `CorpusError` for files that lack, are damaged or are not at 16 kHz.
         """
-        return through_pcm16(_in_float(self)), self.sample_rate
+        return pcm16_round_trip(_in_float(self)), self.sample_rate
 
     def files(self) -> tuple[Path, ...]:
         """Return the files that are read for it."""
@@ -179,7 +179,7 @@ def _noise(sound: LibriMixSound, longest: int, length: int) -> Float[np.ndarray,
     noise = sound.row.noise
     if noise is None:
         raise CorpusError(f"{sound}: the mixture has noise, and its row has none; name the folder of the WHAM noise")
-    samples = _at_source_rate(noise.file, *read_audio(noise.file, channel=0, most=longest))
+    samples = _at_source_rate(noise.file, *read_audio(noise.file, channel=0, max_samples=longest))
     try:
         extended = extend_noise(samples, longest)
     except CorpusError as error:

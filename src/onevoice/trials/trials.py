@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from onevoice.audio import EXTENSIONS, Mono, read_audio, require_sound, resample
+from onevoice.audio import EXTENSIONS, Mono, read_audio, require_not_silent, resample
 from onevoice.errors import AudioError, CorpusError, OnevoiceError, WorkerError
 from onevoice.mixing.folder import SUFFIXES
 from onevoice.rng import derive
@@ -131,8 +131,8 @@ def load_trial(trial: Trial, sample_rate: int) -> tuple[Mono, Mono, Mono]:
     )
     if len(mixture) != len(target):
         raise AudioError(f"{trial.target}: has {len(target)} samples, its mixture {len(mixture)}; they must match")
-    require_sound(mixture, str(trial.mixture))
-    require_sound(enrollment, str(trial.enrollment))
+    require_not_silent(mixture, str(trial.mixture))
+    require_not_silent(enrollment, str(trial.enrollment))
     return mixture, target, enrollment
 
 
