@@ -95,6 +95,7 @@ def test_evaluation_prints_and_writes(home: Path, tmp_path: Path) -> None:
         (line,) = [line for line in done.out.splitlines() if line.startswith(f"{title} ")]
         assert f"mean {result['metrics'][name]['mean']:.3f}" in line
     assert "failures " in done.out
+    assert done.err == ""  # no progress bar where no one watches
     with (tmp_path / "r.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == result["trials"] == len(list((home / "mixed").glob("*-mixed.wav")))

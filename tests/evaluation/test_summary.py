@@ -12,15 +12,44 @@ from voices import make_trials
 from onevoice.audio import read_audio, write_audio
 from onevoice.errors import MissingDependencyError
 from onevoice.evaluation.metrics import pesq, si_sdr, si_sdr_improvement, stoi
-from onevoice.evaluation.summary import EvaluationConfig, evaluate, format_report, require_metrics, save_report
+from onevoice.evaluation.summary import (
+    EvaluationConfig,
+    Statistics,
+    bootstrap_interval,
+    evaluate,
+    failure_rate,
+    format_report,
+    require_metrics,
+    save_report,
+    summarize,
+)
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
 from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
+from onevoice.rng import derive_seed
 from onevoice.trials.trials import find_trials
 
 CONFIG = SpExPlusConfig(
     sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
 )
+
+
+class Unchanged(Network):
+    """A network whose estimate is the mixture."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+
+    def classify(self, embedding: Embedding) -> torch.Tensor:
+        return embedding
+
+    def _embed(self, ref: Wave, ref_length: Lengths | None) -> torch.Tensor:
+        return ref[:, :5]
+
+    def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[torch.Tensor, ...]:
+        return (self.gain * audio,)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +91,26 @@ def test_the_rows_are_the_metrics_of_the_estimates(extractor: Extractor, trials:
     mean = np.mean([row.values["si_sdr"] for row in report.trials])
     assert report.summaries["si_sdr"].mean == pytest.approx(mean)
     assert report.failure_rate == np.mean([row.values["si_sdr_improvement"] < 1 for row in report.trials])
+
+
+def test_failures_are_counted_by_improvement_not_by_quality(tmp_path: Path) -> None:
+    """An estimate that is the mixture improves nothing, however good the mixture is."""
+    rng = np.random.default_rng(0)
+    for number, noise in enumerate((0.01, 0.1)):
+        target = rng.standard_normal(8000).astype(np.float32) / 10
+        mixture = target + noise * rng.standard_normal(8000).astype(np.float32) / 10
+        for kind, samples in {"mixed": mixture, "target": target, "ref": target}.items():
+            write_audio(tmp_path / f"{number}-{kind}.wav", samples, 8000, subtype="FLOAT")
+    extractor = Extractor(Unchanged(CONFIG), Card(CONFIG))
+    report = evaluate(extractor, config(tmp_path, metrics=("si_sdr", "si_sdr_improvement")), progress=False)
+    assert [row.values["si_sdr"] for row in report.trials] == pytest.approx([40.0, 20.0], abs=0.5)
+    assert [row.values["si_sdr_improvement"] for row in report.trials] == pytest.approx([0.0, 0.0], abs=1e-3)
+    assert report.failure_rate == 1.0
+    assert "failures 100.0 % of trials below 1 dB SI-SDRi" in format_report(report)
+    assert report.to_dict()["failure_rate"] == 1.0
+    without = evaluate(extractor, config(tmp_path, metrics=("si_sdr",)), progress=False)
+    assert without.failure_rate is None
+    assert "failures" not in format_report(without)
 
 
 def test_batch_size_and_processes_change_nothing(extractor: Extractor, trials: Path) -> None:
@@ -128,3 +177,41 @@ def test_a_missing_package_is_said_before_anything_runs(monkeypatch: pytest.Monk
     with pytest.raises(MissingDependencyError, match=r"pesq, pystoi: pip install \"onevoice\[eval\]\""):
         require_metrics(("si_sdr", "pesq", "stoi"))
     require_metrics(("si_sdr", "si_sdr_improvement"))
+
+
+def test_summary_leaves_refused_trials_out() -> None:
+    summary = summarize([None, *map(float, range(101)), None])
+    assert (summary.count, summary.missing) == (101, 2)
+    assert (summary.mean, summary.median, summary.percentile_5) == (50.0, 50.0, 5.0)
+    low, high = summary.interval_95
+    assert low < 50 < high
+    nothing = summarize([None])
+    assert nothing == Statistics(0, 1, None, None, None, None)
+    with pytest.raises(ValueError, match="never NaN"):
+        summarize([1.0, float("nan")])
+
+
+def test_bootstrap_interval_follows_the_seed_and_the_standard_error() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    low, high = bootstrap_interval(values, seed=1)
+    assert (low, high) == bootstrap_interval(values, seed=1)
+    assert (low, high) != bootstrap_interval(values, seed=2)
+    standard_error = values.std() / np.sqrt(400)
+    assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.08)
+    assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.1 * standard_error)
+    assert bootstrap_interval(values) == bootstrap_interval(values, derive_seed(0, "bootstrap"))
+    assert bootstrap_interval(np.array([2.5])) == (2.5, 2.5)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_interval(np.array([]))
+
+
+def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(7)
+    intervals = [bootstrap_interval(rng.normal(0, 1, 60), seed, resamples=300) for seed in range(200)]
+    assert 0.89 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.99
+
+
+def test_failure_rate_counts_below_one_decibel() -> None:
+    assert failure_rate([None, 0.999, 1.0, 5.0, -3.0]) == 0.5
+    assert failure_rate([4.0, 6.0], threshold_db=5.0) == 0.5
+    assert failure_rate([None]) is None

@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass as section
 from torch.utils.data import DataLoader
@@ -26,20 +28,19 @@ from tqdm import tqdm
 
 from onevoice.config import STRICT
 from onevoice.errors import ConfigError, MissingDependencyError
-from onevoice.evaluation.metrics import (
-    FAILURE_DB,
-    MetricName,
-    Summary,
-    failure_rate,
-    summarize,
-)
-from onevoice.evaluation.scoring import Estimated, TrialScore, score
+from onevoice.evaluation.metrics import EstimatedTrial, MetricName, TrialScore, score_trial
 from onevoice.extraction.extractor import Extractor
 from onevoice.files import atomic_write
 from onevoice.models import ModelConfig
 from onevoice.processes import ordered_map
 from onevoice.trials import FolderTrials, TrialsConfig, open_trials
 from onevoice.trials.trials import EpochSampler, TrialDataset, collate, read_batches
+
+FAILURE_DB = 1.0
+"""A trial counts as failed if its SI-SDR improvement is below this many dB."""
+
+BOOTSTRAP_SEED = 0xC8991C33C70A4A4BE5AC2582569305CB
+"""The seed of the bootstrap interval, which thus depends on the values alone."""
 
 METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
 
@@ -83,11 +84,77 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """One metric over all trials, in its own unit. Every statistic is None if no trial has a value."""
+
+    count: int
+    """Trials with a value."""
+    missing: int
+    """Trials without a value; the statistics leave them out."""
+    mean: float | None
+    median: float | None
+    percentile_5: float | None
+    interval_95: tuple[float, float] | None
+    """Bootstrap 95 % interval of the mean."""
+
+
+def summarize(values: Sequence[float | None]) -> Statistics:
+    """Return the statistics of one metric over trials; None stands for a trial without a value.
+
+    Raises `ValueError` for NaN or infinity, which no metric returns.
+    """
+    known = _known(values)
+    missing = len(values) - len(known)
+    if not known.size:
+        return Statistics(0, missing, None, None, None, None)
+    return Statistics(
+        count=len(known),
+        missing=missing,
+        mean=float(known.mean()),
+        median=float(np.median(known)),
+        percentile_5=float(np.percentile(known, 5)),
+        interval_95=bootstrap_interval(known),
+    )
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, "trials"], seed: int = BOOTSTRAP_SEED, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval (low, high) of the mean (Efron, 1979).
+
+    It draws `resamples` sets of trials with replacement, and the interval covers the middle `level` of their means.
+    Raises `ValueError` for no values.
+    """
+    if not values.size:
+        raise ValueError("no values to draw from")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def failure_rate(improvements: Sequence[float | None], threshold_db: float = FAILURE_DB) -> float | None:
+    """Return the share of trials (0 to 1) whose SI-SDR improvement in dB is below `threshold_db`.
+
+    None in `improvements` stands for a trial without a value, which is left out. Returns None if no trial is left.
+    """
+    known = _known(improvements)
+    return float(np.mean(known < threshold_db)) if known.size else None
+
+
+def _known(values: Sequence[float | None]) -> Float[np.ndarray, "trials"]:
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not np.isfinite(known).all():
+        raise ValueError("a metric without a value is None, never NaN or infinite")
+    return known
+
+
+@dataclass(frozen=True)
 class Report:
     """All trials of one evaluation."""
 
     trials: list[TrialScore]
-    summaries: dict[MetricName, Summary]
+    summaries: dict[MetricName, Statistics]
     failure_rate: float | None
     """Share of the trials with a target whose SI-SDRi is below 1 dB."""
     left_out: Sequence[str] = ()
@@ -147,10 +214,9 @@ def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool =
     trials = opened.trials
     rate = extractor.sample_rate
     jobs = min(config.jobs or os.cpu_count() or 1, len(trials))
-    estimates = _estimates(
-        extractor, TrialDataset(trials, rate, (), chosen.segment_seconds, chosen.enrollment_seconds), config.batch_size
-    )
-    make_score = functools.partial(functools.partial, score, sample_rate=rate, metrics=config.metrics)
+    data = TrialDataset(trials, rate, (), chosen.segment_seconds, chosen.enrollment_seconds)
+    estimates = _estimates(extractor, data, config.batch_size)
+    make_score = functools.partial(functools.partial, score_trial, sample_rate=rate, names=config.metrics)
     with contextlib.closing(ordered_map(make_score, estimates, jobs)) as scores:
         rows = list(tqdm(scores, total=len(trials), desc="eval", disable=None if progress else True))
     present = [row for row in rows if row.attenuation_db is None]
@@ -227,7 +293,7 @@ def require_rate(names: Sequence[MetricName], sample_rate: int) -> None:
         )
 
 
-def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Iterator[Estimated]:
+def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Iterator[EstimatedTrial]:
     """Yield each trial in order."""
     sampler = EpochSampler(len(data), batch_size, 0, 0, shuffle=False)
     loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
@@ -235,7 +301,7 @@ def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Ite
         estimates = extractor.estimate(batch).numpy()
         for row, name in enumerate(batch["name"]):
             length = int(batch["audio_length"][row])
-            yield Estimated(
+            yield EstimatedTrial(
                 name,
                 estimates[row, :length].copy(),
                 batch["target"][row, :length].numpy(),
