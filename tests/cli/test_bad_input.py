@@ -588,7 +588,7 @@ def test_a_folder_without_permission(home: Home, capsys: pytest.CaptureFixture[s
 def test_a_used_run_folder(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, *home.arguments("train")).status == 0
     before = home.files()
-    complains(command(capsys, *home.arguments("train")), "holds a run already; resume it with --r")
+    complains(command(capsys, *home.arguments("train")), "already holds a run; resume it with --r")
     assert home.files() == before
 
 

@@ -96,7 +96,7 @@ def test_training_goes_on_from_published_weights(home: Path, capsys: pytest.Capt
     experiment = write_experiment(home / "toy.json", make_trials(home / "trials", 6, seed=1))
     done = command(capsys, "train", "-c", experiment, "--load", "tiny-1", "--minutes", "0")
     assert (done.status, done.err) == (0, "")
-    assert "was trained on other speakers; the classifier starts fresh" in done.out
+    assert "was trained on other speakers; the classifier is reinitialized" in done.out
 
 
 def test_no_path_of_this_machine_is_published(home: Path) -> None:

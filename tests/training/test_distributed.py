@@ -16,7 +16,7 @@ from voices import make_trials
 
 from onevoice.errors import ConfigError
 from onevoice.extraction.checkpoint import load_pickled
-from onevoice.training.distributed import Group, group_of
+from onevoice.training.distributed import Group, group_from_environment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
 from onevoice.trials.trials import part_of
@@ -125,16 +125,16 @@ from onevoice.training.run import Trainer
 with open_group("cpu") as group:
     trainer = Trainer(load_config(Experiment, sys.argv[1]), lambda line: None, group)
     first, second, third = trainer.source.batches(0, 0, 3)
-    trainer.step(first)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.step({**second, "audio": second["audio"] * math.nan} if group.rank == 1 else second)
-    after = trainer.model.state_dict()
+    trainer.learner.step(first)
+    before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+    trainer.learner.step({**second, "audio": second["audio"] * math.nan} if group.rank == 1 else second)
+    after = trainer.state.model.state_dict()
     kept = all(value.equal(after[name]) for name, value in before.items())
-    skipped = trainer.progress.skipped_in_a_row
-    finite = trainer.step(third).total.isfinite().item()
-    found = [kept, skipped, finite, trainer.progress.skipped_steps]
+    skipped = trainer.state.progress.skipped_in_a_row
+    finite = trainer.learner.step(third).total.isfinite().item()
+    found = [kept, skipped, finite, trainer.state.progress.skipped_steps]
     Path(sys.argv[2], f"rank{group.rank}.json").write_text(json.dumps(found))
-    trainer.leave_group()
+    trainer.learner.leave_group()
 """
 
 
@@ -175,8 +175,8 @@ def test_shares_make_up_the_batch_and_its_parts(parts: int) -> None:
 
 
 def test_the_place_in_the_group_is_torchruns() -> None:
-    assert group_of({}) == Group(0, 1, 0)
-    assert group_of({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2"}) == Group(3, 4, 2)
+    assert group_from_environment({}) == Group(0, 1, 0)
+    assert group_from_environment({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2"}) == Group(3, 4, 2)
 
 
 def test_what_cannot_be_shared_is_refused(trials: Path, tmp_path: Path) -> None:

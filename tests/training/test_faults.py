@@ -20,6 +20,7 @@ from onevoice.devices import missing_for_compiling
 from onevoice.errors import StorageError, TrainingError
 from onevoice.processes import StopRequest
 from onevoice.training.run import Trainer, train
+from onevoice.training.step import Learner
 from onevoice.training.tracking import read_rows
 
 
@@ -60,7 +61,7 @@ def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, tmp_path
     whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
     config, lines, asked = experiment(trials, tmp_path, name="stopped"), list[str](), StopRequest()
     trainer = Trainer(config, lines.append)
-    held = trainer.trials
+    held = trainer.validation_trials
 
     class Interrupting:
         def __iter__(self) -> Iterator[Any]:
@@ -68,8 +69,8 @@ def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, tmp_path
                 yield batch
                 asked.signal = "SIGTERM"
 
-    trainer.trials = Interrupting()  # type: ignore[assignment]
-    folder = trainer.run(asked=asked)
+    trainer.validation_trials = Interrupting()  # type: ignore[assignment]
+    folder = trainer.run(stop_request=asked)
     assert lines == [f"stopped by SIGTERM at step 6; resume with --r {folder}/last.safetensors"]
     assert not (folder / "best.safetensors").exists()
     train(config, resume=folder / "last.safetensors", echo=quiet)
@@ -83,17 +84,17 @@ def test_a_killed_data_reader(trials: Path, tmp_path: Path, monkeypatch: pytest.
     config = experiment(trials, tmp_path, data__workers=1, training__save_every_steps=2 if saved else 1000)
     killed: list[int] = []
     others = set(multiprocessing.active_children())  # of earlier tests
-    step = Trainer.step
+    step = Learner.step
 
-    def killing(self: Trainer, batch: Any) -> Any:
-        if self.progress.step == 2 and not killed:
+    def killing(self: Learner, batch: Any) -> Any:
+        if self.state.progress.step == 2 and not killed:
             (reader,) = set(multiprocessing.active_children()) - others
             killed.append(reader.pid or 0)
             os.kill(killed[0], signal.SIGKILL)
             os.waitid(os.P_PID, killed[0], os.WEXITED | os.WNOWAIT)  # torch raises from its handler of SIGCHLD
         return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "step", killing)
+    monkeypatch.setattr(Learner, "step", killing)
     with pytest.raises(TrainingError) as caught:
         train(config, echo=quiet)
     last = tmp_path / "toy" / "last.safetensors"
@@ -110,8 +111,8 @@ def test_without_a_compiler_training_goes_on(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     trainer = Trainer(experiment(trials, tmp_path, name="compiled", training__compile=True))
-    assert not trainer.model.compiled
-    assert "training.compile: a C++ compiler (g++ or clang++) is missing here" in capsys.readouterr().out
+    assert not trainer.state.model.compiled
+    assert "training.compile: a C++ compiler (g++ or clang++) is missing; training" in capsys.readouterr().out
     monkeypatch.undo()
     assert missing_for_compiling(torch.device("meta")) == "a compiler for meta"
 
@@ -125,7 +126,7 @@ def test_a_failed_compiler_is_named(trials: Path, tmp_path: Path, monkeypatch: p
     def fail(*anything: Any, **named: Any) -> None:
         raise CompilerError("backend='inductor' raised:\nCppCompileError: no Python.h")
 
-    monkeypatch.setattr(Trainer, "step", fail)
+    monkeypatch.setattr(Learner, "step", fail)
     with pytest.raises(TrainingError, match=r"torch\.compile failed \(backend='inductor' raised:\); start again with"):
         train(experiment(trials, tmp_path, name="failing"), echo=quiet)
 

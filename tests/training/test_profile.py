@@ -21,7 +21,8 @@ from onevoice.models import SpExPlusConfig, build_model
 from onevoice.training.batches import TrialSource
 from onevoice.training.profile import _is_product, profile_training, table
 from onevoice.training.roofline import Ceilings, Cost, CostCounter, _Traffic, measure_ceilings
-from onevoice.training.run import Trainer, train
+from onevoice.training.run import train
+from onevoice.training.step import Learner
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +149,19 @@ class Clock:
 
 
 def test_waiting_for_data_is_told_from_the_step(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, read, step = Clock(), TrialSource.batches, Trainer.step
+    clock, read, step = Clock(), TrialSource.batches, Learner.step
 
     def slow_batches(self: TrialSource, *span: int) -> Any:
         for batch in read(self, *span):
             clock.now += 3
             yield batch
 
-    def slow_step(self: Trainer, batch: Any) -> Any:
+    def slow_step(self: Learner, batch: Any) -> Any:
         clock.now += 1
         return step(self, batch)
 
     monkeypatch.setattr(TrialSource, "batches", slow_batches)
-    monkeypatch.setattr(Trainer, "step", slow_step)
+    monkeypatch.setattr(Learner, "step", slow_step)
     result = profile_training(experiment(trials, tmp_path), 5, echo=quiet, clock=clock)
     assert (result.wait_seconds, result.step_seconds) == ([3] * 5, [4] * 5)
     figures = result.figures()

@@ -60,7 +60,7 @@ def test_a_tiny_model_learns_toy_voices(tmp_path: Path) -> None:
     trainer = Trainer(from_dict(Experiment, values), echo=quiet)
     assert trainer.validate()["si_sdri_db"] < 1  # untrained
     trainer.run()
-    assert trainer.progress.best > 3
+    assert trainer.state.progress.best > 3
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_time_is_up_and_resumed(trials: Path, tmp_path: Path) -> None:
 
 def test_a_used_folder_is_refused(trials: Path, tmp_path: Path) -> None:
     train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
-    with pytest.raises(ConfigError, match=r"holds a run already; resume it with --r .*last\.safetensors"):
+    with pytest.raises(ConfigError, match=r"already holds a run; resume it with --r .*last\.safetensors"):
         train(experiment(trials, tmp_path), echo=quiet)
 
 
@@ -139,8 +139,8 @@ def test_load_takes_weights_alone(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path, name="second"), echo=lines.append)
     trainer.load(folder / "best.safetensors")
     expected = load_checkpoint(folder / "best.safetensors")[0]
-    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
-    assert trainer.progress.step == 0
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.state.model.state_dict().items())
+    assert trainer.state.progress.step == 0
 
 
 def test_load_for_other_speakers_starts_the_classifier_afresh(trials: Path, tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_load_for_other_speakers_starts_the_classifier_afresh(trials: Path, tmp_
     fewer = make_trials(tmp_path / "two", 4, speakers=2)
     lines: list[str] = []
     trainer = Trainer(experiment(fewer, tmp_path, name="second"), echo=lines.append)
-    fresh = trainer.model.state_dict()["classifier.weight"].clone()
+    fresh = trainer.state.model.state_dict()["classifier.weight"].clone()
     trainer.load(folder / "best.safetensors")
-    assert torch.equal(trainer.model.state_dict()["classifier.weight"], fresh)
-    assert any("the classifier starts fresh" in line for line in lines)
+    assert torch.equal(trainer.state.model.state_dict()["classifier.weight"], fresh)
+    assert any("the classifier is reinitialized" in line for line in lines)
 
 
 class ConfigParser:
@@ -163,11 +163,11 @@ class ConfigParser:
 
 def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path), echo=quiet)
-    state = {f"module.{name}": value + 1 for name, value in trainer.model.state_dict().items()}
+    state = {f"module.{name}": value + 1 for name, value in trainer.state.model.state_dict().items()}
     original = {"arch": "SpExPlus", "epoch": 3, "state_dict": state, "monitor_best": 1.0, "config": ConfigParser()}
     torch.save(original, tmp_path / "model_best.pth")
     trainer.load(tmp_path / "model_best.pth")
-    assert all(torch.equal(value, state[f"module.{name}"]) for name, value in trainer.model.state_dict().items())
+    assert all(torch.equal(value, state[f"module.{name}"]) for name, value in trainer.state.model.state_dict().items())
 
 
 def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
@@ -247,29 +247,29 @@ def test_nonfinite_steps_are_skipped_counted_and_in_the_end_fatal(trials: Path, 
     lines: list[str] = []
     trainer = Trainer(experiment(trials, tmp_path, training__max_nonfinite_steps=2), echo=lines.append)
     batch = next(iter(trainer.source.batches(0, 0, 1)))
-    trainer.step(batch)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.learner.step(batch)
+    before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
     poisoned = {**batch, "audio": batch["audio"] * math.nan}
-    trainer.step(poisoned)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    trainer.learner.step(poisoned)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.state.model.state_dict().items())
     assert "not finite, step skipped (1 so far)" in lines[-1]
-    assert trainer.step(batch).total.isfinite()
-    trainer.step(poisoned)
+    assert trainer.learner.step(batch).total.isfinite()
+    trainer.learner.step(poisoned)
     with pytest.raises(TrainingError, match="no finite loss for 2 steps"):
-        trainer.step(poisoned)
-    assert trainer.progress.skipped_steps == 3
+        trainer.learner.step(poisoned)
+    assert trainer.state.progress.skipped_steps == 3
 
 
 def test_gradients_are_clipped(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path, training__clip_gradient_norm=0.01), echo=quiet)
-    trainer.step(next(iter(trainer.source.batches(0, 0, 1))))
-    norm = torch.stack([parameter.grad.norm() for parameter in trainer.model.parameters()]).norm()
+    trainer.learner.step(next(iter(trainer.source.batches(0, 0, 1))))
+    norm = torch.stack([parameter.grad.norm() for parameter in trainer.state.model.parameters()]).norm()
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 
 def test_early_stop(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
-    monkeypatch.setattr(Trainer, "validate", lambda self, tracker=None: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
     lines: list[str] = []
     folder = train(
         experiment(trials, tmp_path, training__epochs=5, training__early_stop_epochs=2, training__steps_per_epoch=1),

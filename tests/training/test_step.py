@@ -19,8 +19,8 @@ from onevoice.models import Network, to_network
 from onevoice.models.activations import checkpoint_blocks
 from onevoice.training.experiment import AdamConfig, StableConfig
 from onevoice.training.optim import RunningAverage, WarmupStableDecay, build_optimizer
-from onevoice.training.run import Trainer, out_of_memory, train
-from onevoice.training.step import split
+from onevoice.training.run import Trainer, train
+from onevoice.training.step import is_out_of_memory, split
 from onevoice.training.tracking import read_rows
 
 
@@ -38,6 +38,11 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
     return list(trainer.source.batches(0, 0, count))
 
 
+def new_trainer(trials: Path, runs: Path, **changes: Any) -> Trainer:
+    """A trainer that does not clip, so that parameters keep the gradient of a step."""
+    return Trainer(experiment(trials, runs, training__clip_gradient_norm=1e9, **changes), quiet)
+
+
 def gradients(model: Network) -> dict[str, torch.Tensor]:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
@@ -53,12 +58,12 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights, statistics, optimizer and average, each tensor a copy."""
-    found = {**trainer.model.state_dict()}
-    for number, state in trainer.optimizer.state_dict()["state"].items():
+    found = {**trainer.state.model.state_dict()}
+    for number, state in trainer.state.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-    if trainer.average is not None:
-        found |= {f"average.{name}": value for name, value in trainer.average.model.state_dict().items()}
-        found["average.updates"] = trainer.average.updates
+    if trainer.state.average is not None:
+        found |= {f"average.{name}": value for name, value in trainer.state.average.model.state_dict().items()}
+        found["average.updates"] = trainer.state.average.updates
     return {name: value.clone() for name, value in found.items()}
 
 
@@ -75,35 +80,37 @@ def test_parts_in_order_are_the_batch(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_the_gradient_in_parts_is_that_of_the_batch(trainer: Trainer, parts: int) -> None:
-    """Exact where items do not meet; batch normalisation by its running statistics is such a network."""
-    batch = batches(trainer, 1)[0]
-    trainer.model.eval()
-    whole = trainer._gradient(batch)
-    expected = gradients(trainer.model)
-    trainer.progress.accumulate = parts
-    sums = trainer._gradient(batch)
-    assert_close(gradients(trainer.model), expected)
-    for name, total in whole.items():
-        assert float(sums[name]) == pytest.approx(float(total), rel=1e-5)
+def test_the_gradient_in_parts_is_that_of_the_batch(
+    trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """Exact for a network whose items do not meet, such as one in evaluation mode: its statistics are fixed."""
+    whole, parted = (new_trainer(trials, tmp_path, training__accumulate=count) for count in (1, parts))
+    batch, terms = batches(whole, 1)[0], []
+    for trainer in (whole, parted):
+        model = trainer.state.model.eval()
+        monkeypatch.setattr(model, "train", lambda: None)
+        terms.append(trainer.learner.step(batch))
+    assert_close(gradients(parted.state.model), gradients(whole.state.model))
+    for got, expected in zip(terms[1], terms[0], strict=True):
+        assert float(got) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_gradient_in_training_is_the_mean_over_the_parts(trainer: Trainer) -> None:
+def test_the_gradient_in_training_is_the_mean_over_the_parts(trials: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(trials, tmp_path, training__accumulate=2)
     batch = batches(trainer, 1)[0]
-    trainer.model.train()
+    trainer.state.model.train()
     means: dict[str, torch.Tensor] = {}
     for part in split(batch, 2):
         inputs = to_network(part, trainer.device)
-        prediction = trainer.model(inputs)
+        prediction = trainer.state.model(inputs)
         loss = trainer.experiment.loss(
             prediction, part["target"], part["speaker"], inputs.get("audio_length"), inputs["audio"]
         ).total
-        names, values = zip(*trainer.model.named_parameters(), strict=True)
+        names, values = zip(*trainer.state.model.named_parameters(), strict=True)
         for name, value in zip(names, torch.autograd.grad(loss, values), strict=True):
             means[name] = means.get(name, 0) + value / 2
-    trainer.progress.accumulate = 2
-    trainer._gradient(batch)
-    assert_close(gradients(trainer.model), means)
+    trainer.learner.step(batch)
+    assert_close(gradients(trainer.state.model), means)
 
 
 def test_a_batch_that_does_not_split_is_refused(trials: Path, tmp_path: Path) -> None:
@@ -116,36 +123,36 @@ def test_a_batch_that_does_not_split_is_refused(trials: Path, tmp_path: Path) ->
 
 def test_the_average_follows_its_formula(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path, training__ema=0.3), quiet)
-    expected = {name: value.double() for name, value in trainer.model.state_dict().items()}
+    expected = {name: value.double() for name, value in trainer.state.model.state_dict().items()}
     for t, batch in enumerate(batches(trainer, 6)):
-        trainer.step(batch)
+        trainer.learner.step(batch)
         decay = min(0.3, (1 + t) / (10 + t))
-        for name, value in trainer.model.state_dict().items():
+        for name, value in trainer.state.model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value.double()
-    assert trainer.average is not None
-    for name, value in trainer.average.model.state_dict().items():
+    assert trainer.state.average is not None
+    for name, value in trainer.state.average.model.state_dict().items():
         if value.is_floating_point():
             assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name
         else:
-            assert torch.equal(value, trainer.model.state_dict()[name])
-    assert not equal(trainer.average.model.state_dict(), trainer.model.state_dict())
+            assert torch.equal(value, trainer.state.model.state_dict()[name])
+    assert not equal(trainer.state.average.model.state_dict(), trainer.state.model.state_dict())
 
 
 def test_the_average_is_what_is_judged_and_shipped(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path, training__ema=0.9, training__epochs=1), quiet)
     folder = trainer.run()
-    assert trainer.average is not None
-    average = trainer.average.model.state_dict()
+    assert trainer.state.average is not None
+    average = trainer.state.average.model.state_dict()
     for name in ("best", "last"):
         state, card = load_checkpoint(folder / f"{name}.safetensors")
         assert equal(state, average)
         assert card.facts["ema"] == 0.9
     saved = load_pickled(folder / "last.resume.pt")
-    assert equal(saved["model"], trainer.model.state_dict())
+    assert equal(saved["model"], trainer.state.model.state_dict())
     assert equal(saved["average"]["model"], average)
     score = trainer.validate()
-    trainer.model.load_state_dict(average)
-    trainer.average = None
+    trainer.state.model.load_state_dict(average)
+    trainer.state.average = None
     assert trainer.validate() == score
 
 
@@ -153,7 +160,7 @@ def test_loaded_weights_begin_the_average(trials: Path, tmp_path: Path) -> None:
     folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     trainer = Trainer(experiment(trials, tmp_path, name="second", training__ema=0.9), quiet)
     trainer.load(folder / "best.safetensors")
-    assert equal(trainer.weights.state_dict(), load_checkpoint(folder / "best.safetensors")[0])
+    assert equal(trainer.state.weights.state_dict(), load_checkpoint(folder / "best.safetensors")[0])
 
 
 # Steps that do not count ----------------------------------------------------------------------------------------
@@ -164,19 +171,19 @@ def test_a_nonfinite_part_leaves_everything(trials: Path, tmp_path: Path, bad: s
     config = experiment(trials, tmp_path, training__ema=0.9, training__accumulate=2, training__max_nonfinite_steps=3)
     trainer = Trainer(config, quiet)
     batch, other = batches(trainer, 2)
-    trainer.step(batch)
+    trainer.learner.step(batch)
     before = snapshot(trainer)
     values = other[bad].clone()
     values[-1] = math.nan  # in the second part only
-    trainer.step({**other, bad: values})
+    trainer.learner.step({**other, bad: values})
     assert equal(snapshot(trainer), before)
-    assert (trainer.progress.skipped_steps, trainer.progress.skipped_in_a_row) == (1, 1)
-    trainer.step(other)
+    assert (trainer.state.progress.skipped_steps, trainer.state.progress.skipped_in_a_row) == (1, 1)
+    trainer.learner.step(other)
     after = snapshot(trainer)
     assert not any(
-        torch.equal(after[f"average.{name}"], before[f"average.{name}"]) for name in gradients(trainer.model)
+        torch.equal(after[f"average.{name}"], before[f"average.{name}"]) for name in gradients(trainer.state.model)
     )
-    assert (trainer.progress.skipped_steps, trainer.progress.skipped_in_a_row) == (1, 0)
+    assert (trainer.state.progress.skipped_steps, trainer.state.progress.skipped_in_a_row) == (1, 0)
 
 
 def test_bad_steps_are_skipped_after_resuming_an_older_file(trials: Path, tmp_path: Path) -> None:
@@ -196,22 +203,22 @@ def test_bad_steps_are_skipped_after_resuming_an_older_file(trials: Path, tmp_pa
     del state["average"]
     torch.save({**state, "experiment": json.dumps(saved)}, path)
     second = Trainer(config, quiet)
-    second.restore(first.last)
+    second.resume(first.last)
     before = snapshot(second)
     batch = batches(second, 1)[0]
-    second.step({**batch, "audio": batch["audio"] * math.nan})
+    second.learner.step({**batch, "audio": batch["audio"] * math.nan})
     assert equal(snapshot(second), before)
 
 
 def test_half_precision_skips_and_lowers_its_scale(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path, training__precision="float16"), quiet)
-    batch, before, scale = batches(trainer, 1)[0], snapshot(trainer), trainer.scaler.get_scale()
-    trainer.step({**batch, "audio": batch["audio"] * math.nan})
+    batch, before, scale = batches(trainer, 1)[0], snapshot(trainer), trainer.state.scaler.get_scale()
+    trainer.learner.step({**batch, "audio": batch["audio"] * math.nan})
     after = snapshot(trainer)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert trainer.scaler.get_scale() == scale / 2
+    assert trainer.state.scaler.get_scale() == scale / 2
     for _ in range(12):  # until the scale is low enough
-        trainer.step(batch)
+        trainer.learner.step(batch)
     assert not torch.equal(snapshot(trainer)["masks.0.weight"], before["masks.0.weight"])
 
 
@@ -220,16 +227,16 @@ def test_too_many_in_a_row_are_noticed_at_the_log_line(
 ) -> None:
     """As on a GPU, where the counts are read there only: a finite step after the burst does not hide it."""
     trainer = Trainer(experiment(trials, tmp_path, training__max_nonfinite_steps=3), quiet)
-    watch = trainer.watch_skipping
-    monkeypatch.setattr(trainer, "watch_skipping", lambda: None)
+    watch = trainer.learner.check_skipped_steps
+    monkeypatch.setattr(trainer.learner, "check_skipped_steps", lambda: None)
     batch = batches(trainer, 1)[0]
     for _ in range(3):
-        trainer.step({**batch, "audio": batch["audio"] * math.nan})
-    trainer.step(batch)
+        trainer.learner.step({**batch, "audio": batch["audio"] * math.nan})
+    trainer.learner.step(batch)
     with pytest.raises(TrainingError, match="no finite loss for 3 steps"):
         watch()
     watch()
-    assert (trainer.progress.skipped_steps, trainer.progress.skipped_in_a_row) == (3, 0)
+    assert (trainer.state.progress.skipped_steps, trainer.state.progress.skipped_in_a_row) == (3, 0)
 
 
 class HostReads(TorchDispatchMode):
@@ -246,14 +253,15 @@ class HostReads(TorchDispatchMode):
 
 
 def test_a_step_reads_nothing_back(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(experiment(trials, tmp_path, training__ema=0.9, training__accumulate=2), quiet)
-    monkeypatch.setattr(trainer, "watch_skipping", lambda: None)  # which is called on the CPU alone
+    changes = {"training__ema": 0.9, "training__accumulate": 2, "training__log_every_steps": 2}
+    trainer = Trainer(experiment(trials, tmp_path, **changes), quiet)
+    monkeypatch.setattr(trainer.learner, "check_skipped_steps", lambda: None)  # which is called on the CPU alone
     batch = batches(trainer, 1)[0]
     full = {name: batch[name] for name in ("audio", "ref", "target", "speaker", "name")}
     with HostReads() as reads:
-        trainer.step(full)
+        trainer.learner.step(full)
         assert reads.found == []
-        bool(trainer.tally.skipped[0] > 0)
+        bool(trainer.state.skips[0] > 0)
         assert reads.found  # what reads is seen
 
 
@@ -268,7 +276,7 @@ SHORT: list[Callable[[], Exception]] = [
 
 def fails_above(trainer: Trainer, rows: int, error: Callable[[], Exception]) -> None:
     """Let the network run out of memory for more than `rows` items, after its statistics have moved."""
-    forward = trainer.model.forward
+    forward = trainer.state.model.forward
 
     def short(batch: Any) -> Any:
         prediction = forward(batch)
@@ -276,12 +284,14 @@ def fails_above(trainer: Trainer, rows: int, error: Callable[[], Exception]) -> 
             raise error()
         return prediction
 
-    object.__setattr__(trainer.model, "forward", short)
+    object.__setattr__(trainer.state.model, "forward", short)
 
 
 def test_what_is_short_memory() -> None:
-    assert all(out_of_memory(error()) for error in SHORT)
-    assert not any(out_of_memory(error) for error in (RuntimeError("size mismatch"), ValueError("memory"), OSError()))
+    assert all(is_out_of_memory(error()) for error in SHORT)
+    assert not any(
+        is_out_of_memory(error) for error in (RuntimeError("size mismatch"), ValueError("memory"), OSError())
+    )
 
 
 def test_short_memory_halves_the_parts(trials: Path, tmp_path: Path) -> None:
@@ -300,17 +310,17 @@ def test_short_memory_halves_the_parts(trials: Path, tmp_path: Path) -> None:
     ]
     resumed = Trainer(config, lines.append)
     fails_above(resumed, 1, error)
-    resumed.restore(halved.last)
+    resumed.resume(halved.last)
     resumed.run()
     assert sum("out of memory" in line for line in lines) == 2
     assert equal(weights(whole.folder), weights(resumed.folder))
 
 
 def test_short_memory_stops_with_advice(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(self: Trainer, batch: Any) -> Any:
+    def short(*anything: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Trainer, "_loss", short)
+    monkeypatch.setattr("onevoice.training.step.to_device", short)
     with pytest.raises(TrainingError, match=r"^out of memory; start again with --set training\.on_out_of_memory=halve"):
         train(experiment(trials, tmp_path), echo=quiet)
     halving = experiment(trials, tmp_path, name="one", training__on_out_of_memory="halve")
@@ -328,33 +338,32 @@ def saved_bytes(trainer: Trainer, batch: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer._loss(batch)
+        trainer.learner.step(batch)
     return sum(kept.values())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_checkpointed_activations(trials: Path, tmp_path: Path, precision: str) -> None:
     changes: dict[str, Any] = {"training__precision": precision, "model__stacks": 6}
-    plain = Trainer(experiment(trials, tmp_path, **changes), quiet)
-    thrifty = Trainer(experiment(trials, tmp_path, training__checkpoint_activations=True, **changes), quiet)
-    assert equal(plain.model.state_dict(), thrifty.model.state_dict())
+    plain = new_trainer(trials, tmp_path, **changes)
+    thrifty = new_trainer(trials, tmp_path, training__checkpoint_activations=True, **changes)
+    assert equal(plain.state.model.state_dict(), thrifty.state.model.state_dict())
     batch = batches(plain, 1)[0]
-    for trainer in (plain, thrifty):
-        trainer._gradient(batch)
-    expected, got = gradients(plain.model), gradients(thrifty.model)
+    saved = {trainer: saved_bytes(trainer, batch) for trainer in (plain, thrifty)}
+    expected, got = gradients(plain.state.model), gradients(thrifty.state.model)
     if precision == "float32":
         assert equal(expected, got)
     else:
         assert all((got[name] - value).norm() <= 1e-2 * value.norm() + 1e-6 for name, value in expected.items())
-    assert saved_bytes(thrifty, batch) < 0.6 * saved_bytes(plain, batch)
+    assert saved[thrifty] < 0.6 * saved[plain]
 
 
 def test_a_checkpointed_network_can_be_copied(trainer: Trainer) -> None:
     """A copy computes by its own weights, not by those it was copied from."""
-    checkpoint_blocks(trainer.model)
-    copied = copy.deepcopy(trainer.model)
+    checkpoint_blocks(trainer.state.model)
+    copied = copy.deepcopy(trainer.state.model)
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in trainer.state.model.parameters():
             parameter.zero_()
     batch = to_network(batches(trainer, 1)[0], trainer.device)
     assert copied(batch)["predicted_audio"][0].abs().max() > 0
@@ -378,12 +387,12 @@ def rates(model: Network, steps: int, **config: Any) -> list[float]:
 
 def test_warmup_stable_decay(trainer: Trainer) -> None:
     warm, stable = [1 / 5, 2 / 5, 3 / 5, 4 / 5], [1.0] * 11
-    line = rates(trainer.model, 20, warmup_steps=4, decay_steps=5, decay_shape="linear", decay_divisor=10.0)
+    line = rates(trainer.state.model, 20, warmup_steps=4, decay_steps=5, decay_shape="linear", decay_divisor=10.0)
     assert line == pytest.approx([*warm, *stable, *(1 - 0.9 * k / 5 for k in range(1, 6))])
-    root = rates(trainer.model, 20, warmup_steps=4, decay_steps=5, decay_divisor=10.0)
+    root = rates(trainer.state.model, 20, warmup_steps=4, decay_steps=5, decay_divisor=10.0)
     assert root == pytest.approx([*warm, *stable, *(1 - 0.9 * math.sqrt(k / 5) for k in range(1, 6))])
-    assert rates(trainer.model, 20, warmup_steps=4) == pytest.approx([*warm, *[1.0] * 16])
-    early = rates(trainer.model, 20, warmup_steps=0, decay_steps=2, decay_from_step=3, decay_divisor=2.0)
+    assert rates(trainer.state.model, 20, warmup_steps=4) == pytest.approx([*warm, *[1.0] * 16])
+    early = rates(trainer.state.model, 20, warmup_steps=0, decay_steps=2, decay_from_step=3, decay_divisor=2.0)
     assert early == pytest.approx([1, 1, 1, 1 - 0.5 * math.sqrt(0.5), 0.5])
     with pytest.raises(ValueError, match="decay_from_step needs decay_steps"):
         StableConfig(decay_from_step=3)
@@ -403,13 +412,13 @@ def test_the_decay_begins_where_one_likes(trials: Path, tmp_path: Path) -> None:
     first = Trainer(stable(trials, tmp_path, name="late", training__epochs=9), quiet)
     for _ in range(8):
         first.run(deadline=-math.inf)
-    assert first.progress.step == 8
+    assert first.state.progress.step == 8
     for _ in range(2):
         late = stable(trials, tmp_path, name="late", training__epochs=9, scheduler=decaying)
         second = Trainer(late, quiet)
-        second.restore(first.last)
+        second.resume(first.last)
         second.run(deadline=-math.inf)
-    assert second.progress.step == 10
+    assert second.state.progress.step == 10
     last = train(late, resume=first.last, echo=quiet)
     rows = [row for row in read_rows(last / "metrics.jsonl") if "train/learning_rate" in row]
     assert [row["step"] for row in rows] == list(range(1, 15))
@@ -435,7 +444,7 @@ def test_a_decay_can_be_taken_back_and_training_prolonged(trials: Path, tmp_path
 def test_the_plateau_is_halved_as_in_the_paper(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two validations without gain are borne, the third halves the rate."""
     scores = iter([1.0, 0.5, 0.5, 0.5, 0.5, 2.0])
-    monkeypatch.setattr(Trainer, "validate", lambda self, tracker: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
     config = experiment(
         trials, tmp_path, scheduler={"name": "plateau"}, training__epochs=6, training__steps_per_epoch=1
     )  # fmt: skip

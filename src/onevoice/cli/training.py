@@ -35,8 +35,9 @@ def train(
     """
     from onevoice.config import load_config
     from onevoice.extraction.checkpoint import resolve
-    from onevoice.training.distributed import group_of
+    from onevoice.training.distributed import group_from_environment
     from onevoice.training.experiment import Experiment
+    from onevoice.training.run import describe_result
     from onevoice.training.run import train as run
 
     if resume is not None and load is not None:
@@ -55,8 +56,8 @@ def train(
         profile_training(experiment, profile, load=resume or weights)
         return
     folder = run(experiment, resume=resume, load=weights, minutes=minutes)
-    if group_of(os.environ).first:
-        print(f"run folder: {folder} (best.safetensors is the one to use)")
+    if group_from_environment(os.environ).is_first:
+        print(describe_result(folder))
 
 
 def average(output: Path, *checkpoints: Path) -> None:

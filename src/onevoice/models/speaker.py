@@ -5,6 +5,7 @@ and the final mean see valid frames only, and each length is followed through th
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,9 @@ POOLING = 3
 class ValidBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of channels-last frames; training statistics are those of the valid frames alone."""
 
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None
+    """Sums a tensor, differentiably, over the processes that share a batch; None for one process."""
+
     def forward(self, frames: Frames, mask: Mask | None = None) -> Frames:
         """Normalise by the statistics of the batch (training) or the running ones (evaluation)."""
         if self.training:
@@ -34,6 +38,8 @@ class ValidBatchNorm(nn.BatchNorm1d):
 
     def moments(self, frames: Frames, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean and variance of each channel over the valid frames of the batch, and their number."""
+        if self.sum_over_processes is not None:
+            return self._shared_moments(frames, mask, self.sum_over_processes)
         if mask is None:
             count = frames.new_tensor(frames.shape[0] * frames.shape[1])
             variance, mean = torch.var_mean(frames, (0, 1), correction=0)
@@ -41,6 +47,16 @@ class ValidBatchNorm(nn.BatchNorm1d):
         count = mask.sum()
         mean = (frames * mask).sum((0, 1)) / count
         variance = ((frames - mean) * mask).square().sum((0, 1)) / count
+        return mean, variance, count
+
+    def _shared_moments(
+        self, frames: Frames, mask: Mask | None, total: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        valid = frames.new_ones(()) if mask is None else mask
+        own = frames.new_tensor([frames.shape[0] * frames.shape[1]]) if mask is None else mask.sum()[None]
+        sums = total(torch.cat([(frames * valid).sum((0, 1)), own]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        variance = total(((frames - mean) * valid).square().sum((0, 1))) / count
         return mean, variance, count
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:

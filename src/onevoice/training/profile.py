@@ -181,7 +181,7 @@ def _measure(trainer: Trainer, steps: int, folder: Path, clock: Callable[[], flo
     device, precision = trainer.device, PRECISIONS[trainer.experiment.training.precision]
     batches = _batches(trainer)
     for _ in range(WARM_UP):
-        trainer.step(next(batches))
+        trainer.learner.step(next(batches))
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -192,7 +192,7 @@ def _measure(trainer: Trainer, steps: int, folder: Path, clock: Callable[[], flo
         batch = next(batches)
         synchronize(device)
         waits.append(clock() - begin)
-        trainer.step(batch)
+        trainer.learner.step(batch)
         synchronize(device)
         times.append(clock() - begin)
         shapes.append({name: tuple(batch[name].shape) for name in ("audio", "ref")})
@@ -229,7 +229,7 @@ def _trace(trainer: Trainer, batches: Iterator[TrialBatch], folder: Path) -> lis
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities, record_shapes=True) as recorded:
         for _ in range(TRACED):
-            trainer.step(next(batches))
+            trainer.learner.step(next(batches))
         synchronize(trainer.device)
     atomic_write(folder / "trace.json.gz", lambda path: _export(recorded, path), durable=False)
     found: dict[tuple[str, bool], tuple[float, int]] = {}

@@ -1,49 +1,61 @@
-"""What a run remembers: everything that the next step depends on, saved and taken up again whole."""
+"""The state of a run: everything that the next step depends on. It saves and loads itself as a whole."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import CheckpointError, ConfigError
 from onevoice.extraction.checkpoint import load_pickled, load_state, resume_path, save_resume
-from onevoice.models import Network
+from onevoice.models import Network, build_model
+from onevoice.rng import derive_seed
+from onevoice.training.distributed import Group
 from onevoice.training.experiment import Experiment, changed_settings
-from onevoice.training.optim import RunningAverage, Scheduler
+from onevoice.training.optim import RunningAverage, Scheduler, WarmupStableDecay, build_optimizer, build_scheduler
+
+LOGGED_MEANS = {"loss": "steps", "cross_entropy": "steps", "gradient_norm": "steps", "si_sdr_db": "speaking"}
+"""The values of a log line, and what each sum is divided by: steps, or items whose target speaks."""
+SUMS = (*LOGGED_MEANS, "steps", "speaking")
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """How far a run has come, in plain numbers."""
 
     epoch: int = 0
-    """Epochs completed."""
+    """Completed epochs."""
     step_in_epoch: int = 0
+    """Completed steps of the current epoch."""
     step: int = 0
+    """Completed steps in total."""
     validated_step: int = 0
     """The step of the last validation."""
     best: float = -math.inf
     """Best mean SI-SDRi in dB on the validation trials."""
     epochs_without_gain: int = 0
+    """Validations since the best one."""
     skipped_steps: int = 0
-    """Steps left out because loss or gradient was not finite, in all and …"""
+    """Steps skipped because the loss or gradient was not finite, in total."""
     skipped_in_a_row: int = 0
-    """… since the last finite one."""
+    """Skipped steps since the last finite one."""
     accumulate: int = 1
-    """Parts into which a batch is split now."""
+    """Parts into which each batch is split now."""
     sums: dict[str, float] = field(default_factory=dict)
-    """What the steps since the last log line gave, summed (`onevoice.training.step`)."""
+    """Sums over the steps since the last log line, by the names in `SUMS`."""
 
 
-@dataclass(frozen=True)
-class RunState:
-    """All that changes while training."""
+@dataclass
+class TrainingState:
+    """Everything that changes during training."""
 
     model: Network
     average: RunningAverage | None
@@ -51,13 +63,77 @@ class RunState:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     progress: Progress
+    device_sums: Float[Tensor, " sums"]
+    """Sums over the finite steps that `progress` does not have yet, in the order of `SUMS`."""
+    skips: Int[Tensor, "3"]
+    """Skipped steps on the device: in total, in a row now, and the longest row since the last reading."""
 
-    def save(self, path: Path, experiment: Experiment, speakers: Sequence[str], digest: str) -> None:
-        """Write it beside the checkpoint `path`, with what it belongs to. Raises `StorageError`."""
+    @classmethod
+    def create(cls, experiment: Experiment, device: torch.device, steps: int) -> "TrainingState":
+        """Return the state before the first of `steps` steps, with fresh weights drawn from the seed."""
+        settings = experiment.training
+        torch.manual_seed(derive_seed(experiment.seed, "weights") % 2**63)
+        model = build_model(experiment.model).to(device)
+        optimizer = build_optimizer(model, experiment.optimizer)
+        return cls(
+            model=model,
+            average=None if settings.ema is None else RunningAverage(model, settings.ema),
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, experiment.scheduler, steps),
+            scaler=torch.amp.GradScaler(device.type, enabled=settings.precision == "float16"),
+            progress=Progress(accumulate=settings.accumulate),
+            device_sums=torch.zeros(len(SUMS), device=device),
+            skips=torch.zeros(3, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def weights(self) -> Network:
+        """The network that is validated and shipped: the running average if there is one."""
+        return self.model if self.average is None else self.average.model
+
+    def last_step(self, planned: int) -> int:
+        """Return the number of steps in total: `planned`, unless the scheduler's decay ends training elsewhere."""
+        return self.scheduler.last_step if isinstance(self.scheduler, WarmupStableDecay) else planned
+
+    def step_schedule(self) -> None:
+        """Set the learning rate of the next step; the plateau schedule moves after validations instead."""
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+
+    def count_step(self, finite: Bool[Tensor, ""], sums: Mapping[str, Float[Tensor, ""]]) -> None:
+        """Count one step and add to its sums if it is finite. The host does not wait for the device."""
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+        values = torch.stack([{**sums, "steps": finite}[name].detach().float() for name in SUMS])
+        self.device_sums += torch.where(finite, values, 0.0)
+        total, row, longest = self.skips
+        row = torch.where(finite, 0, row + 1)
+        self.skips = torch.stack([total + ~finite, row, torch.maximum(longest, row)])
+
+    def read_skips(self) -> int:
+        """Read the counts of skipped steps from the device; return the longest row since the last reading."""
+        self.progress.skipped_steps, self.progress.skipped_in_a_row, longest = self.skips.tolist()
+        self.skips[2] = 0
+        return int(longest)
+
+    def read_sums(self, group: Group) -> None:
+        """Add the sums on the device, averaged over the processes of the group, to `progress`."""
+        values = dict(zip(SUMS, group.mean(self.device_sums).tolist(), strict=True))
+        self.device_sums.zero_()
+        self.progress.sums = {name: self.progress.sums.get(name, 0.0) + value for name, value in values.items()}
+
+    def take_means(self, group: Group) -> dict[str, float]:
+        """Return the means since the last call and start new ones; a mean over nothing is left out."""
+        self.read_sums(group)
+        sums, self.progress.sums = self.progress.sums, {}
+        return {name: sums[name] / sums[count] for name, count in LOGGED_MEANS.items() if sums.get(count)}
+
+    def save(self, checkpoint: Path, experiment: Experiment, speakers: Sequence[str], data_digest: str) -> None:
+        """Write the state beside `checkpoint`, with a description of its run. Raises `StorageError`."""
         content = {
             "experiment": json.dumps(to_dict(experiment)),
             "speakers": list(speakers),
-            "data": digest,
+            "data": data_digest,
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
@@ -66,30 +142,35 @@ class RunState:
             "scaler": self.scaler.state_dict(),
             **random_state(),
         }
-        save_resume(resume_path(path), content)
+        save_resume(resume_path(checkpoint), content)
 
-    def restore(self, checkpoint: str | Path, experiment: Experiment, speakers: Sequence[str], digest: str) -> Path:
-        """Take up what was saved beside `checkpoint`; return the file. `CheckpointError` when it is of another run."""
+    def load(self, checkpoint: str | Path, experiment: Experiment, speakers: Sequence[str], data_digest: str) -> Path:
+        """Take over the state saved beside `checkpoint` and return its file.
+
+        Raises `CheckpointError` if the file is missing, unreadable, or belongs to another run.
+        """
         path = resume_path(checkpoint)
-        state = _checked(path, Path(checkpoint), experiment, speakers, digest)
-        load_state(self.model, state["model"], path)
+        saved = _read(path, Path(checkpoint), experiment, speakers, data_digest)
+        load_state(self.model, saved["model"], path)
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        for group in state["optimizer"]["param_groups"]:
-            group["fused"] = True  # as in `build_optimizer`; files of earlier versions say otherwise
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.average.load_state_dict(saved["average"])
+        for group in saved["optimizer"]["param_groups"]:
+            group["fused"] = True  # as in `build_optimizer`; files of earlier versions differ
+        self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state)
-        vars(self.progress).update(state["progress"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        set_random_state(saved)
+        self.progress = Progress(**{**asdict(self.progress), **saved["progress"]})
+        self.device_sums.zero_()
+        self.skips.copy_(torch.tensor([self.progress.skipped_steps, self.progress.skipped_in_a_row, 0]))
         return path
 
 
-def _checked(
-    path: Path, checkpoint: Path, experiment: Experiment, speakers: Sequence[str], digest: str
+def _read(
+    path: Path, checkpoint: Path, experiment: Experiment, speakers: Sequence[str], data_digest: str
 ) -> dict[str, Any]:
-    """Read a resume file; `CheckpointError` unless it is there and belongs to this experiment."""
+    """Read a resume file; raise `CheckpointError` unless it exists and belongs to this experiment."""
     if not checkpoint.is_file():
         raise CheckpointError(f"{checkpoint}: no such checkpoint file")
     if not path.is_file():
@@ -97,30 +178,30 @@ def _checked(
             f"{checkpoint}: has no {path.name} beside it; resume from last.safetensors of its run, or take its "
             "weights alone with --load"
         )
-    state = load_pickled(path)
+    saved = load_pickled(path)
     try:
-        saved = to_dict(from_dict(Experiment, json.loads(state["experiment"])))  # with defaults for keys that are new
-        same_data = (list(state["speakers"]), state["data"]) == (list(speakers), digest)
-        Progress(**state["progress"])
+        before = to_dict(from_dict(Experiment, json.loads(saved["experiment"])))  # with defaults for new keys
+        same_data = (list(saved["speakers"]), saved["data"]) == (list(speakers), data_digest)
+        Progress(**saved["progress"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a resume file ({error}); use --load to take weights alone") from error
-    changed = changed_settings(saved, to_dict(experiment)) + ([] if same_data else ["the training data"])
+    changed = changed_settings(before, to_dict(experiment)) + ([] if same_data else ["the training data"])
     if changed:
         raise CheckpointError(
             f"{path}: was made with other settings ({', '.join(changed)}); resume with its own config "
             f"({checkpoint.parent / 'config.json'}) or take its weights alone with --load"
         )
-    return state
+    return saved
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of torch's generators."""
+    """Return the states of torch's random generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Set torch's generators to a state that `random_state` gave; those of GPUs that are not there are left out."""
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Set torch's random generators to the states from `random_state`; GPUs that are missing here are skipped."""
     torch.set_rng_state(state["torch_rng"])
     for number, cuda in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda, number)
