@@ -5,6 +5,7 @@ A test fails when the pages in `docs/` differ from what this script writes.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ def commands() -> str:
     """Return the page of the command line."""
     page = app.generate_docs(output_format="markdown", include_hidden=False)
     page = page.replace("][", "]\\[")  # options in brackets are no links
+    page = re.sub(r"## Table of Contents\n.*?(?=\*\*|## )", "", page, flags=re.DOTALL)  # the site shows one
     return GENERATED + "# Command line\n\n" + page.split("\n", 1)[1].strip() + "\n"
 
 
