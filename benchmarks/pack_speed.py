@@ -56,8 +56,8 @@ def by_pack(packed: PackedCorpus, crops: Sequence[Crop], length: int) -> Callabl
 
 
 def by_decoding(corpus: Corpus, crops: Sequence[Crop], length: int) -> Callable[[], float]:
-    sources = [utterance.source for utterance in corpus.utterances]
-    return lambda: sum(float(sources[n].read(RATE)[0][start : start + length][0]) for n, start in crops)
+    recordings = [utterance.recording for utterance in corpus.utterances]
+    return lambda: sum(float(recordings[n].read(RATE)[0][start : start + length][0]) for n, start in crops)
 
 
 def by_wav(files: Sequence[Path], crops: Sequence[Crop], length: int) -> Callable[[], float]:

@@ -1,4 +1,4 @@
-"""Small corpora for tests: empty files, short speech, tar shards."""
+"""Small corpora for tests: empty files, short speech and tar shards."""
 
 import io
 import os

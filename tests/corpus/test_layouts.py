@@ -1,4 +1,4 @@
-"""Layouts: what each corpus says of its speakers, shards read in place, and all that can be wrong there."""
+"""Layouts: the speakers of each kind of corpus, shards read in place, and what can be wrong there."""
 
 import csv
 import json
@@ -10,12 +10,12 @@ import pytest
 from corpora import ids, shard, sound, speak, touch
 from voices import Voice
 
-from onevoice.corpus.layouts import detect
+from onevoice.corpus.layouts import detect_layout
 from onevoice.corpus.listing import list_corpus, scan_corpus
 from onevoice.errors import ConfigError, CorpusError
 
 
-def test_librispeech_whole_and_by_part_with_genders(tmp_path: Path) -> None:
+def test_librispeech_in_full_and_by_part_with_genders(tmp_path: Path) -> None:
     root = touch(
         tmp_path / "LibriSpeech",
         "train-clean-5/84/121123/84-121123-0000.flac",
@@ -28,15 +28,15 @@ def test_librispeech_whole_and_by_part_with_genders(tmp_path: Path) -> None:
     assert whole.layouts == ("librispeech",)
     assert ids(whole) == ["103/103-1240-0001", "251/251-118436-0003", "84/84-121123-0000"]
     assert whole.genders == {"84": "female", "103": "male"}
-    assert [utterance.source.name for utterance in whole.utterances][2] == (
+    assert [utterance.recording.name for utterance in whole.utterances][2] == (
         "LibriSpeech/train-clean-5/84/121123/84-121123-0000.flac"
     )
-    assert whole.passed_over[0][:2] == (1, "without a sound ending")
+    assert whole.ignored[0][:2] == (1, "without an audio extension")
     assert ids(list_corpus([root / "train-clean-5"])) == ["103/103-1240-0001", "84/84-121123-0000"]
     assert list_corpus([root / "train-clean-5"]).genders == whole.genders
     (root / "SPEAKERS.TXT").unlink()
-    assert detect(root / "train-clean-5") == "librispeech"
-    assert list_corpus([root / "train-clean-5", root / "dev-clean"]).joined == 0
+    assert detect_layout(root / "train-clean-5") == "librispeech"
+    assert list_corpus([root / "train-clean-5", root / "dev-clean"]).merged_speakers == 0
 
 
 def test_vctk_takes_the_first_microphone(tmp_path: Path) -> None:
@@ -57,11 +57,11 @@ def test_vctk_takes_the_first_microphone(tmp_path: Path) -> None:
     assert corpus.layouts == ("vctk",)
     assert ids(corpus) == ["p225/p225_001_mic1", "p225/p225_002_mic1", "s5/s5_001_mic1", "s5/s5_002_mic1"]
     assert corpus.genders == {"p225": "female", "s5": "male"}
-    assert corpus.passed_over[0][0] == 4
+    assert corpus.ignored[0][0] == 4
     assert ids(list_corpus([tmp_path / "wav48_silence_trimmed"])) == ids(corpus)
 
 
-def test_voxceleb_names_videos_and_says_that_m4a_cannot_be_read(tmp_path: Path) -> None:
+def test_voxceleb_ids_hold_the_video_and_m4a_is_a_fault(tmp_path: Path) -> None:
     root = touch(
         tmp_path, *(f"dev/wav/id1000{s}/{video}/00001.wav" for s in "12" for video in ("abc", "xyz")), "vox1_dev.txt"
     )
@@ -74,11 +74,13 @@ def test_voxceleb_names_videos_and_says_that_m4a_cannot_be_read(tmp_path: Path) 
     assert corpus.genders == {"id10001": "male"}
     touch(root, "dev/wav/id10003/klm/00001.m4a")
     assert "id10003/klm/00001.m4a: .m4a cannot be decoded; convert it" in str(list_corpus([root]).faults[0])
-    with pytest.raises(CorpusError, match=r"holds no utterances.*1 files were refused.*\.m4a cannot be decoded"):
+    with pytest.raises(
+        CorpusError, match=r"holds no utterances.*1 files cannot be used, for example.*\.m4a cannot be decoded"
+    ):
         list_corpus([touch(tmp_path / "vox2", "dev/aac/id10003/klm/00001.m4a")])
 
 
-def test_aishell_over_its_three_parts(tmp_path: Path) -> None:
+def test_aishell_in_its_three_parts(tmp_path: Path) -> None:
     touch(
         tmp_path,
         *(f"data_aishell/wav/{p}/S000{n}/BAC009S000{n}W0001.wav" for n, p in enumerate(["train", "dev", "test"])),
@@ -93,18 +95,18 @@ def test_aishell_over_its_three_parts(tmp_path: Path) -> None:
     assert ids(list_corpus([tmp_path / "data_aishell/wav/dev"])) == ["S0001/BAC009S0001W0001"]
 
 
-def test_any_folder_names_by_path_and_a_layout_can_be_forced(tmp_path: Path) -> None:
+def test_any_folder_has_ids_by_path_and_a_layout_can_be_forced(tmp_path: Path) -> None:
     touch(tmp_path, "id10001/a/x.wav", "id10001/b/x.wav", "other/y.flac")
     assert ids(list_corpus([tmp_path])) == ["id10001/a/x", "id10001/b/x"]
     forced = list_corpus([tmp_path], layout="folder", pattern="*.flac")
     assert forced.layouts == ("folder",)
     assert ids(forced) == ["other/y"]
-    assert forced.passed_over == ((2, "not matching the pattern", f"{tmp_path.name}/id10001/a/x.wav"),)
+    assert forced.ignored == ((2, "not matching the pattern", f"{tmp_path.name}/id10001/a/x.wav"),)
     flat = list_corpus([tmp_path], layout="flat")
     assert list(flat.speakers) == [tmp_path.name]
     with pytest.raises(ConfigError, match="choose one of librispeech"):
         list_corpus([tmp_path], layout="timit")
-    with pytest.raises(CorpusError, match="is a folder, which the layout 'manifest' cannot be"):
+    with pytest.raises(CorpusError, match="is a folder, but the layout 'manifest' needs a file; omit --layout"):
         list_corpus([tmp_path], layout="manifest")
 
 
@@ -145,17 +147,17 @@ def test_shards_are_read_in_place_and_share_speakers(tmp_path: Path) -> None:
     second = shard(tmp_path / "a-1.tar", {"s1/z.flac": sound(3, 0.3)})
     corpus = scan_corpus([first, second], decode=True)
     assert ids(corpus) == ["s1/x", "s1/z", "s2/y"]
-    assert corpus.joined == 1
+    assert corpus.merged_speakers == 1
     assert [utterance.seconds for utterance in corpus.utterances] == pytest.approx([0.5, 0.3, 0.7])
-    assert corpus.passed_over == ((1, "without a sound ending", "a-0.tar:s1/notes.txt"),)
+    assert corpus.ignored == ((1, "without an audio extension", "a-0.tar:s1/notes.txt"),)
     for number, utterance in zip((1, 3, 2), corpus.utterances, strict=True):
-        samples, rate = utterance.source.read()
+        samples, rate = utterance.recording.read()
         truth = Voice.number(number).say(0, len(samples) / rate)
         np.testing.assert_allclose(samples, truth, atol=1.01 / 32768)
     assert ids(scan_corpus([tmp_path])) == ids(corpus)
 
 
-def test_a_shard_cut_short_keeps_its_whole_members_and_counts_for_as_many(tmp_path: Path) -> None:
+def test_a_truncated_shard_keeps_its_complete_members_and_counts_for_as_many(tmp_path: Path) -> None:
     members = {f"s{n}/x.flac": sound(n) for n in range(6)}
     whole = shard(tmp_path / "whole.tar", members)
     assert not list_corpus([whole]).faults
@@ -167,14 +169,14 @@ def test_a_shard_cut_short_keeps_its_whole_members_and_counts_for_as_many(tmp_pa
     for cut in (inside, header, border):
         corpus = list_corpus([shard(tmp_path / "cut.tar", members, cut)])
         assert ids(corpus) == [f"s{n}/x" for n in range(4)]
-        assert str(corpus.faults[0]) == "cut.tar: the shard is cut short after 4 whole members; copy it again"
+        assert str(corpus.faults[0]) == "cut.tar: the shard is truncated after 4 complete members; copy it again"
         assert corpus.broken_share == 0.5
-        with pytest.raises(CorpusError, match=r"50.00% of the utterances.*cut short.*--max-broken 0.5"):
-            corpus.require(0.01)
-        corpus.require(0.5)
+        with pytest.raises(CorpusError, match=r"50.00% of the utterances.*truncated.*--max-broken 0.5"):
+            corpus.require_usable(0.01)
+        corpus.require_usable(0.5)
 
 
-def test_what_is_wrong_in_a_shard_is_named(tmp_path: Path) -> None:
+def test_faults_in_a_shard_are_named(tmp_path: Path) -> None:
     good = {f"s1/{n:03d}.flac": sound(1) for n in range(3)}
     path = shard(tmp_path / "a.tar", {**good, "lost.flac": sound(), "s1/empty.flac": b"", "s1/text.wav": b"not sound"})
     with tarfile.open(path, "a") as tar:
@@ -183,7 +185,7 @@ def test_what_is_wrong_in_a_shard_is_named(tmp_path: Path) -> None:
         tar.addfile(link)
     corpus = scan_corpus([path])
     assert len(corpus.utterances) == 3
-    broken = {fault.source.removeprefix("a.tar:"): fault.reason for fault in corpus.faults}
+    broken = {fault.name.removeprefix("a.tar:"): fault.reason for fault in corpus.faults}
     assert "has no speaker" in broken.pop("lost.flac")
     assert "empty" in broken.pop("s1/empty.flac")
     assert "cannot be decoded" in broken.pop("s1/text.wav")
@@ -194,7 +196,7 @@ def test_what_is_wrong_in_a_shard_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"), [("a.tar.gz", "is compressed"), ("a.tar", "uncompressed tar"), ("a.txt", "no")]
 )
-def test_files_that_are_no_corpus(tmp_path: Path, name: str, complaint: str) -> None:
+def test_a_file_that_is_not_a_corpus(tmp_path: Path, name: str, complaint: str) -> None:
     (tmp_path / name).write_bytes(b"something else" * 100)
     with pytest.raises(CorpusError, match=complaint):
         list_corpus([tmp_path / name])

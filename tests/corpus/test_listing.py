@@ -1,4 +1,4 @@
-"""Scanning: who is found, in which order, how much there is, and what is said of what is wrong."""
+"""Listings: which speakers are found and in which order, how much speech there is, and what is broken."""
 
 import csv
 import os
@@ -12,8 +12,8 @@ from corpora import RATE, ids, shard, sound, speak, touch
 
 from onevoice.audio import write_audio
 from onevoice.cli.data import corpus_app
-from onevoice.corpus.layouts import speaker_table
-from onevoice.corpus.listing import Speaker, list_corpus, report, scan, scan_corpus, split_speakers
+from onevoice.corpus.layouts import read_genders
+from onevoice.corpus.listing import Speaker, describe, list_corpus, scan, scan_corpus, split_speakers
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.errors import ConfigError, CorpusError
 
@@ -32,12 +32,12 @@ def test_librispeech_layout(corpus: Path) -> None:
     assert speakers[0].files[0] == corpus / "spk000" / "00" / "spk000-00-0000.flac"
 
 
-def test_any_depth_and_any_known_ending(tmp_path: Path) -> None:
+def test_any_depth_and_any_known_extension(tmp_path: Path) -> None:
     touch(tmp_path, "b/x.wav", "b/deep/er/y.FLAC", "a/z.opus", "a/1.mp3", "a/notes.txt", "c/readme.md", "top.txt")
     assert found(tmp_path) == {"a": ["1.mp3", "z.opus"], "b": ["deep/er/y.FLAC", "x.wav"]}
 
 
-def test_hidden_names_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_names_are_ignored(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.wav", "a/._x.wav", "a/.cache/y.wav", ".git/z.wav")
     assert found(tmp_path) == {"a": ["x.wav"]}
 
@@ -63,7 +63,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
     assert scan(tmp_path) == before
 
 
-def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere", "x.wav", "more/y.wav")
     root = touch(tmp_path / "root", "b/z.wav")
     (root / "a").symlink_to(tmp_path / "elsewhere")
@@ -76,11 +76,11 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path: Path) -> None
     [
         ([], "holds no utterances in the layout 'folder'; put one folder per speaker there"),
         (["x.wav", "y.wav"], "put one folder per speaker there"),
-        (["a/notes.txt"], r"1 files without a sound ending \(.*/a/notes.txt"),
+        (["a/notes.txt"], r"1 files without an audio extension \(.*/a/notes.txt"),
         (["a/talk.m4a"], r"\.m4a cannot be decoded; convert it"),
     ],
 )
-def test_a_folder_that_is_no_corpus(tmp_path: Path, names: list[str], complaint: str) -> None:
+def test_a_folder_that_is_not_a_corpus(tmp_path: Path, names: list[str], complaint: str) -> None:
     touch(tmp_path, *names)
     with pytest.raises(CorpusError, match=complaint) as caught:
         scan(tmp_path)
@@ -113,7 +113,7 @@ def test_speaker_is_a_value() -> None:
 
 
 def test_duplicate_names(tmp_path: Path) -> None:
-    """The same name of two speakers is two utterances; the same id again is left out and named."""
+    """A name used by two speakers makes two utterances; a duplicate id is left out and named."""
     touch(tmp_path / "a", "s1/x.wav", "s2/x.wav", "s1/x.flac")
     corpus = list_corpus([tmp_path / "a"])
     assert ids(corpus) == ["s1/x", "s2/x"]
@@ -121,13 +121,13 @@ def test_duplicate_names(tmp_path: Path) -> None:
     assert str(corpus.faults[0]) == "a/s1/x.wav: duplicate of the utterance s1/x, already found as a/s1/x.flac"
     one, two = (shard(tmp_path / f"{n}.tar", {"s1/y.flac": sound(n)}) for n in (1, 2))
     twice = list_corpus([two, one])
-    assert [utterance.source.path for utterance in twice.utterances] == [two]
+    assert [utterance.recording.path for utterance in twice.utterances] == [two]
     assert len(twice.faults) == 1
     with pytest.raises(CorpusError, match=r"1.tar and .*a: both have a speaker 's1'"):
         list_corpus([one, tmp_path / "a"])
 
 
-def test_examining_finds_lengths_rates_and_what_is_broken_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_inspecting_finds_lengths_rates_and_faults_for_any_number_of_workers(tmp_path: Path) -> None:
     speak(tmp_path, *(f"s{n % 3}/{n:03d}.wav" for n in range(150)))
     speak(tmp_path, "s1/other.flac", sample_rate=16000)
     whole = (tmp_path / "s1" / "other.flac").read_bytes()
@@ -135,10 +135,10 @@ def test_examining_finds_lengths_rates_and_what_is_broken_for_any_number_of_work
     (tmp_path / "s2" / "002.wav").write_bytes((tmp_path / "s2" / "005.wav").read_bytes()[:2000])
     write_audio(tmp_path / "s0" / "silent.wav", np.zeros(RATE, np.float32), RATE)
     quick = scan_corpus([tmp_path])
-    assert [fault.source.split("/", 1)[1] for fault in quick.faults] == ["s2/002.wav"]
+    assert [fault.name.split("/", 1)[1] for fault in quick.faults] == ["s2/002.wav"]
     assert "truncated" in quick.faults[0].reason
     thorough = scan_corpus([tmp_path], decode=True)
-    assert [fault.source.split("/", 1)[1] for fault in thorough.faults] == [
+    assert [fault.name.split("/", 1)[1] for fault in thorough.faults] == [
         "s0/silent.wav",
         "s1/middle.flac",
         "s2/002.wav",
@@ -147,25 +147,25 @@ def test_examining_finds_lengths_rates_and_what_is_broken_for_any_number_of_work
     assert Counter(utterance.sample_rate for utterance in thorough.utterances) == {RATE: 149, 16000: 1}
     assert thorough.seconds == pytest.approx(75.0)
     assert thorough.broken_share == pytest.approx(3 / 153)
-    text = report(thorough, show=2)
+    text = describe(thorough, max_faults=2)
     for line in ("hours         0.02", "8000 Hz × 149, 16000 Hz × 1", "left out      3 (1.96%", "… and 1 more"):
         assert line in text
     with pytest.raises(CorpusError, match=r"1\.96%"):
-        thorough.require(0.01)
+        thorough.require_usable(0.01)
 
 
-def test_a_table_of_genders_goes_before_the_corpus(tmp_path: Path) -> None:
+def test_a_table_of_genders_overrides_the_corpus(tmp_path: Path) -> None:
     table = tmp_path / "who.csv"
     table.write_text("speaker,age,gender\ns1,30,Female\ns2,,M\ns3,,\n")
-    assert speaker_table(table) == {"s1": "female", "s2": "male"}
-    corpus = list_corpus([touch(tmp_path / "c", "s1/x.wav", "s3/x.wav")], genders=speaker_table(table))
+    assert read_genders(table) == {"s1": "female", "s2": "male"}
+    corpus = list_corpus([touch(tmp_path / "c", "s1/x.wav", "s3/x.wav")], genders=read_genders(table))
     assert corpus.genders == {"s1": "female"}
     table.write_text("speaker,age\ns1,30\n")
-    with pytest.raises(CorpusError, match="tells no speaker's gender"):
-        speaker_table(table)
+    with pytest.raises(CorpusError, match="has no speaker's gender"):
+        read_genders(table)
 
 
-def test_splits_are_disjoint_complete_and_nobody_changes_sides() -> None:
+def test_splits_are_disjoint_and_complete_and_speakers_keep_their_part() -> None:
     names = [f"speaker {n}" for n in range(2000)]
     parts = split_speakers(names, {"train": 0.8, "validation": 0.15, "test": 0.05}, seed=3)
     assert sorted(name for part in parts.values() for name in part) == sorted(names)
@@ -178,7 +178,7 @@ def test_splits_are_disjoint_complete_and_nobody_changes_sides() -> None:
 
 
 @pytest.mark.parametrize("fractions", [{}, {"a": 0.5}, {"a": 1.5, "b": -0.5}, {"a": 1.0, "b": 0.0}])
-def test_fractions_that_do_not_add_up(fractions: dict[str, float]) -> None:
+def test_bad_fractions(fractions: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="add up to 1"):
         split_speakers(["x", "y"], fractions, 0)
     with pytest.raises(CorpusError, match="no speaker fell into the part 'few'"):
@@ -209,7 +209,7 @@ def test_the_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         command("scan")
 
 
-def test_scan_fails_with_too_many_broken_files_after_the_report(
+def test_scan_prints_the_report_and_fails_with_too_many_broken_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speak(tmp_path, "s1/a.wav", "s1/b.wav", "s2/c.wav")
@@ -220,11 +220,11 @@ def test_scan_fails_with_too_many_broken_files_after_the_report(
     command("scan", tmp_path, "--workers", 1, "--max-broken", 0.25)
 
 
-@pytest.mark.skipif(not SHARED_SPEECH.is_dir(), reason="the shared recordings are not there")
-def test_the_shared_recordings_agree_with_their_table() -> None:
+@pytest.mark.skipif(not SHARED_SPEECH.is_dir(), reason="the real recordings are missing")
+def test_real_recordings_agree_with_their_table() -> None:
     with (SHARED_SPEECH / "utterances.csv").open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["shard"] == "train-0.tar"]
-    corpus = scan_corpus([SHARED_SPEECH / "train-0.tar"], genders=speaker_table(SHARED_SPEECH / "utterances.csv"))
+    corpus = scan_corpus([SHARED_SPEECH / "train-0.tar"], genders=read_genders(SHARED_SPEECH / "utterances.csv"))
     assert sorted(ids(corpus)) == sorted(f"{row['speaker']}/{row['utterance']}" for row in rows)
     assert not corpus.faults
     seconds = {utterance.id: utterance.seconds for utterance in corpus.utterances}

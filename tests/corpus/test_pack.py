@@ -38,7 +38,7 @@ def packed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedCorp
     return pack_corpus(list_corpus([corpus]), tmp_path_factory.mktemp("pack") / "toy", sample_rate=RATE)
 
 
-def test_every_utterance_is_its_file_without_the_mean_to_half_a_step(packed: PackedCorpus, corpus: Path) -> None:
+def test_every_utterance_equals_its_file_minus_the_mean_to_half_a_step(packed: PackedCorpus, corpus: Path) -> None:
     files = sorted(corpus.glob("*/*/*.flac"))
     assert len(packed) == len(files) == 16
     for number, path in enumerate(sorted(files, key=lambda path: (path.parts[-3], path.relative_to(corpus)))):
@@ -48,7 +48,7 @@ def test_every_utterance_is_its_file_without_the_mean_to_half_a_step(packed: Pac
         np.testing.assert_allclose(packed.read(number), truth - truth.mean(), atol=0.5001 / 32768)
 
 
-def test_crops_are_parts_of_the_whole_and_new_arrays(packed: PackedCorpus) -> None:
+def test_crops_are_parts_of_the_utterance_and_new_arrays(packed: PackedCorpus) -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         utterance = rng.integers(len(packed))
@@ -60,14 +60,14 @@ def test_crops_are_parts_of_the_whole_and_new_arrays(packed: PackedCorpus) -> No
         np.testing.assert_array_equal(packed.crop(utterance, start, stop - start), packed.read(utterance)[start:stop])
 
 
-def test_a_crop_beyond_the_ends_is_refused(packed: PackedCorpus) -> None:
+def test_a_crop_beyond_the_ends_is_an_error(packed: PackedCorpus) -> None:
     whole = int(packed.length[0])
     for start, length in ((-1, 10), (0, whole + 1), (whole, 1), (5, -1)):
         with pytest.raises(ValueError, match="of utterance 0, which has"):
             packed.crop(0, start, length)
 
 
-def test_speakers_are_ranges_of_utterances(packed: PackedCorpus) -> None:
+def test_each_speaker_is_a_range_of_utterances(packed: PackedCorpus) -> None:
     assert packed.speakers == ("spk000", "spk001", "spk002", "spk003")
     for number, name in enumerate(packed.speakers):
         mine = packed.utterances_of(number)
@@ -80,7 +80,7 @@ def test_speakers_are_ranges_of_utterances(packed: PackedCorpus) -> None:
     assert len(packed.samples) == packed.length.sum()
 
 
-def test_a_pickled_pack_is_its_path(packed: PackedCorpus) -> None:
+def test_a_pickled_pack_holds_only_its_path(packed: PackedCorpus) -> None:
     data = pickle.dumps(packed)
     assert len(data) < 500
     again = pickle.loads(data)
@@ -88,7 +88,7 @@ def test_a_pickled_pack_is_its_path(packed: PackedCorpus) -> None:
     np.testing.assert_array_equal(again.crop(3, 17, 100), packed.crop(3, 17, 100))
 
 
-def test_number_of_workers_does_not_change_a_byte(packed: PackedCorpus, corpus: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_a_byte(packed: PackedCorpus, corpus: Path, tmp_path: Path) -> None:
     other = pack_corpus(list_corpus([corpus]), tmp_path / "other", sample_rate=RATE, workers=2)
     assert tuple(sorted(contents(other.path))) == tuple(sorted(FILES))
     assert contents(other.path) == contents(packed.path)
@@ -203,7 +203,7 @@ def test_a_folder_that_holds_something_else_is_refused(corpus: Path, tmp_path: P
     assert len(pack_corpus(listed, tmp_path / "empty", sample_rate=RATE)) == 16
 
 
-def test_damage_is_found_by_verify_and_named(packed: PackedCorpus, tmp_path: Path) -> None:
+def test_verify_finds_and_names_damage(packed: PackedCorpus, tmp_path: Path) -> None:
     packed.verify()
     for name, data in contents(packed.path).items():
         (tmp_path / name).write_bytes(data)
@@ -232,11 +232,11 @@ def odd_corpus(root: Path) -> Path:
     stereo = np.stack([Voice.number(1).say(1, 1.0, 44100), np.zeros(44100, np.float32)], axis=1)
     soundfile.write(root / "a" / "stereo.wav", stereo, 44100, subtype="FLOAT")
     write_audio(root / "a" / "silent.wav", np.full(RATE, 0.25, np.float32), RATE)
-    (root / "a" / "text.wav").write_text("this is no sound")
+    (root / "a" / "text.wav").write_text("this is not audio")
     return root
 
 
-def test_offsets_are_removed_rates_converted_and_broken_files_left_out(tmp_path: Path) -> None:
+def test_means_are_removed_rates_converted_and_broken_files_left_out(tmp_path: Path) -> None:
     listed = list_corpus([odd_corpus(tmp_path / "odd")])
     with pytest.raises(CorpusError, match=r"of the utterances are broken.*a/silent.wav: is silent"):
         pack_corpus(listed, tmp_path / "pack", sample_rate=RATE)
@@ -258,7 +258,7 @@ def test_offsets_are_removed_rates_converted_and_broken_files_left_out(tmp_path:
     np.testing.assert_allclose(kept.read(0), speech + 0.4, atol=0.51 / 32768)
 
 
-def test_speeds_are_speakers_of_their_own_of_the_same_person(tmp_path: Path) -> None:
+def test_each_speed_is_another_speaker_of_the_same_person(tmp_path: Path) -> None:
     for name, frequency in (("high", 400.0), ("low", 200.0)):
         tone = 0.3 * np.sin(2 * np.pi * frequency * np.arange(RATE) / RATE)
         for take in "ab":
@@ -275,7 +275,7 @@ def test_speeds_are_speakers_of_their_own_of_the_same_person(tmp_path: Path) -> 
             assert spectrum.argmax() * RATE / packed.length[number] == pytest.approx(frequency, abs=1)
 
 
-def test_the_limit_counts_what_was_broken_before_packing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_also_counts_faults_found_before_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """25 recordings: one is a duplicate, and packing finds two that are broken."""
     root = odd_corpus(tmp_path / "odd")
     (root / "spk000" / "00" / "spk000-00-0000.wav").write_bytes(b"the same id again")
@@ -320,8 +320,8 @@ def test_gender_and_shards_reach_the_pack(corpus: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(packed.read(number), by_name[name.split("/")[-1]])
 
 
-@pytest.mark.skipif(not SHARED_SPEECH.is_dir(), reason="the shared recordings are not there")
-def test_the_shared_recordings(tmp_path: Path) -> None:
+@pytest.mark.skipif(not SHARED_SPEECH.is_dir(), reason="the real recordings are missing")
+def test_real_recordings(tmp_path: Path) -> None:
     """Crops of a pack of real speech are the decoded files, to half a step of 16 bits."""
     full = scan_corpus([SHARED_SPEECH / "dev.tar"])
     some = Corpus(full.layouts, full.utterances[::45])
@@ -329,7 +329,7 @@ def test_the_shared_recordings(tmp_path: Path) -> None:
     assert len(packed) == len(some.utterances) == 6
     with tarfile.open(SHARED_SPEECH / "dev.tar") as tar:
         for number, utterance in enumerate(some.utterances):
-            member = tar.extractfile(utterance.source.name.removeprefix("dev.tar:"))
+            member = tar.extractfile(utterance.recording.name.removeprefix("dev.tar:"))
             assert member is not None
             truth, rate = soundfile.read(member)
             assert rate == packed.sample_rate == 16000

@@ -122,7 +122,7 @@ def scan(
         show: How many broken files to name.
         workers: Number of processes; by default one per core.
     """
-    from onevoice.corpus.listing import report, scan_corpus
+    from onevoice.corpus.listing import describe, scan_corpus
 
     corpus = scan_corpus(
         _some(sources),
@@ -132,8 +132,8 @@ def scan(
         decode=decode,
         workers=workers or os.cpu_count() or 1,
     )
-    print(report(corpus, show), flush=True)
-    corpus.require(max_broken)
+    print(describe(corpus, show), flush=True)
+    corpus.require_usable(max_broken)
 
 
 @corpus_app.command
@@ -153,9 +153,8 @@ def pack(
 ) -> None:
     """Decode corpora once into a packed corpus, from which training reads any crop in microseconds.
 
-    If interrupted, run it again to resume. The same sources give the same bytes for any number of workers. One hour
-    takes 115 MB at 16 kHz. Files are converted to one sample rate, their mean is removed, and broken files are named
-    and skipped.
+    The same sources give the same bytes for any number of workers. One hour takes 115 MB at 16 kHz. Files are converted
+    to one sample rate, their mean is removed, and broken files are named and left out.
 
     Args:
         sources_and_out: The sources, as for `scan`, and last the folder to write.
@@ -181,12 +180,12 @@ def pack(
         raise ConfigError(f"{out}: name the sources and then the folder to write: pack SOURCE... OUT")
     corpus = list_corpus(sources, layout=layout, pattern=pattern, genders=_genders(speakers))
     for fault in corpus.faults:
-        print(f"skipped: {fault}", file=sys.stderr)
-    corpus.require(max_broken)
+        print(f"left out: {fault}", file=sys.stderr)
+    corpus.require_usable(max_broken)
     parts = {out: corpus}
     if split:
         members = split_speakers(corpus.speakers, _fractions(split), seed)
-        parts = {out / part: corpus.of(names) for part, names in members.items()}
+        parts = {out / part: corpus.subset(names) for part, names in members.items()}
     for folder, part in parts.items():
         packed = pack_corpus(
             part,
@@ -259,9 +258,9 @@ def _some(paths: tuple[Path, ...]) -> tuple[Path, ...]:
 
 
 def _genders(table: Path | None) -> dict[str, str]:
-    from onevoice.corpus.layouts import speaker_table
+    from onevoice.corpus.layouts import read_genders
 
-    return {} if table is None else speaker_table(table)
+    return {} if table is None else read_genders(table)
 
 
 def _fractions(split: list[str]) -> dict[str, float]:

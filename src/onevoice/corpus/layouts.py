@@ -1,16 +1,16 @@
-"""How corpora lie on disk: which recordings belong to whom, for each layout that is known.
+"""The layouts of corpora on disk: which recordings belong to which speaker.
 
     librispeech  part/speaker/chapter/*.flac, one part or the folder of all parts; gender from SPEAKERS.TXT
     vctk         wav48_silence_trimmed or wav48/pXXX/*, first microphone; gender from speaker-info.txt
     voxceleb     [dev|test/][wav|aac/]idXXXXX/video/*; gender from vox1_meta.csv or vox2_meta.csv
     aishell      wav/{train,dev,test}/SXXXX/*.wav; gender from resource_aishell/speaker.info
     folder       speaker/…/* at any depth
-    tar          *.tar of <speaker>/<utterance>.<ending>: a shard, or a folder of shards
+    tar          *.tar of <speaker>/<utterance>.<extension>: a shard, or a folder of shards
     manifest     a CSV file with a header, or JSONL: `path` and `speaker`, optionally `utterance` and `gender`
-    flat         a tar or a folder without speakers, as of noises: all is of one, named like the source
+    flat         a tar or a folder without speakers, such as noise: one speaker, named after the source
 
-The layout is found out by what lies there, in this order, and `flat` has to be asked for. Paths in a manifest are
-relative to the manifest.
+The layout is detected in this order, except `flat`, which must be requested. Paths in a manifest are relative to the
+manifest.
 """
 
 import csv
@@ -25,32 +25,32 @@ from onevoice.audio import EXTENSIONS
 from onevoice.corpus.recordings import Fault, Listing, Recording, Utterance, require_uncompressed, tar_members
 from onevoice.errors import ConfigError, CorpusError
 
-UNREADABLE = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".sph", ".shn", ".webm", ".3gp")
-"""Endings of sound that libsndfile does not decode."""
+UNREADABLE_EXTENSIONS = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".sph", ".shn", ".webm", ".3gp")
+"""Extensions of audio files that libsndfile does not decode."""
 GENDERS = {"f": "female", "female": "female", "m": "male", "male": "male"}
 MANIFESTS = (".csv", ".jsonl")
 
-NO_SOUND = "without a sound ending"
+NOT_AUDIO = "without an audio extension"
 NOT_MATCHED = "not matching the pattern"
-SECOND_MICROPHONE = "of the second microphone, the same sentences again"
+SECOND_MICROPHONE = "from the second microphone, with the same sentences"
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A layout of one folder per speaker.
+    """A layout with one folder per speaker."""
 
-    `roots` finds the folders that hold speakers (none: not this layout); a folder is a speaker when its name fits
-    `speaker`. Files are named by their stem where that is unique in the corpus, else by their path below the
-    speaker. `info` are the places of the table of speakers, seen from the corpus, and `prefix` is what the table
-    leaves off the names. Files that fit `skip` are passed over for the reason given with it.
-    """
-
-    roots: Callable[[Path], list[Path]]
+    find_roots: Callable[[Path], list[Path]]
+    """Finds the folders that hold the speaker folders; an empty list means another layout."""
     speaker: str = r".+"
-    stem_names: bool = False
-    info: tuple[str, ...] = ()
+    """A regular expression that the name of a speaker folder matches."""
+    has_unique_stems: bool = False
+    """Utterances are named by their stem, which is unique in the corpus, instead of their path below the speaker."""
+    gender_tables: tuple[str, ...] = ()
+    """Places of tables with the speakers' genders, relative to the corpus."""
     prefix: str = ""
-    skip: tuple[str, str] | None = None
+    """What these tables omit from the names of speakers."""
+    ignore: tuple[str, str] | None = None
+    """A glob of files to ignore, and the reason."""
 
 
 def _librispeech_roots(path: Path) -> list[Path]:
@@ -68,13 +68,13 @@ def _vctk_roots(path: Path) -> list[Path]:
 
 
 def _roots_among(*places: str, speaker: str) -> Callable[[Path], list[Path]]:
-    """Return a finder of those of `places` below the corpus that hold folders named like speakers."""
+    """Return a function that finds which of `places` below the corpus hold folders named like speakers."""
 
-    def roots(path: Path) -> list[Path]:
-        there = [path / place for place in places if (path / place).is_dir()]
-        return [place for place in there if any(re.fullmatch(speaker, folder.name) for folder in folders(place))]
+    def find_roots(path: Path) -> list[Path]:
+        existing = [path / place for place in places if (path / place).is_dir()]
+        return [place for place in existing if any(re.fullmatch(speaker, folder.name) for folder in folders(place))]
 
-    return roots
+    return find_roots
 
 
 _VOXCELEB = tuple(
@@ -85,25 +85,27 @@ _AISHELL = tuple(
 )
 
 FOLDER_LAYOUTS = {
-    "librispeech": FolderLayout(_librispeech_roots, r"\d+", stem_names=True, info=("SPEAKERS.TXT", "../SPEAKERS.TXT")),
+    "librispeech": FolderLayout(
+        _librispeech_roots, r"\d+", has_unique_stems=True, gender_tables=("SPEAKERS.TXT", "../SPEAKERS.TXT")
+    ),
     "vctk": FolderLayout(
         _vctk_roots,
         r"[ps]\d+",
-        stem_names=True,
-        info=("speaker-info.txt", "../speaker-info.txt"),
+        has_unique_stems=True,
+        gender_tables=("speaker-info.txt", "../speaker-info.txt"),
         prefix="p",
-        skip=("*_mic2.*", SECOND_MICROPHONE),
+        ignore=("*_mic2.*", SECOND_MICROPHONE),
     ),
     "voxceleb": FolderLayout(
         _roots_among(*_VOXCELEB, speaker=r"id\d{5}"),
         r"id\d{5}",
-        info=tuple(f"{up}vox{number}_meta.csv" for up in ("", "../", "../../") for number in (1, 2)),
+        gender_tables=tuple(f"{up}vox{number}_meta.csv" for up in ("", "../", "../../") for number in (1, 2)),
     ),
     "aishell": FolderLayout(
         _roots_among(*_AISHELL, speaker=r"S\d{4}"),
         r"S\d{4}",
-        stem_names=True,
-        info=tuple(f"{up}resource_aishell/speaker.info" for up in ("", "../", "../../")),
+        has_unique_stems=True,
+        gender_tables=tuple(f"{up}resource_aishell/speaker.info" for up in ("", "../", "../../")),
         prefix="S",
     ),
     "folder": FolderLayout(lambda path: [path]),
@@ -112,20 +114,20 @@ LAYOUTS = (*FOLDER_LAYOUTS, "tar", "manifest", "flat")
 
 
 def list_source(path: Path, layout: str | None = None, pattern: str | None = None) -> tuple[str, Listing]:
-    """Return the layout of what lies at `path` and what it holds, sorted by speaker; no sound file is opened.
+    """Return the layout of the corpus at `path` and its contents, sorted by speaker; no audio file is opened.
 
-    `layout` forces one of `LAYOUTS`; with `pattern` the end of a path must match that glob. Raises `CorpusError`
-    when there is nothing to list, `ConfigError` for an unknown layout.
+    `layout` forces one of `LAYOUTS`. `pattern` is a glob that the end of each path must match. Raises `CorpusError`
+    if there are no utterances, and `ConfigError` for an unknown layout.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"{layout}: unknown layout; choose one of {', '.join(LAYOUTS)}")
     if not path.exists():
         raise CorpusError(f"{path}: no such file or folder; name a corpus")
-    layout = layout or detect(path)
+    layout = layout or detect_layout(path)
     if path.is_dir() != (layout in FOLDER_LAYOUTS) and layout != "flat" and not (path.is_dir() and layout == "tar"):
-        kind = "a folder" if path.is_dir() else "a file"
-        raise CorpusError(f"{path}: is {kind}, which the layout {layout!r} cannot be; leave --layout off")
-    if layout == "tar" or (layout == "flat" and detect(path) == "tar"):
+        kinds = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise CorpusError(f"{path}: is {kinds[0]}, but the layout {layout!r} needs {kinds[1]}; omit --layout")
+    if layout == "tar" or (layout == "flat" and detect_layout(path) == "tar"):
         listing = _list_tars(path, pattern, flat=layout == "flat")
     elif layout == "flat":
         listing = _list_flat(path, pattern)
@@ -134,17 +136,17 @@ def list_source(path: Path, layout: str | None = None, pattern: str | None = Non
     else:
         listing = _list_folder(path, FOLDER_LAYOUTS[layout], pattern)
     if not listing.utterances:
-        raise CorpusError(f"{path}: holds no utterances in the layout {layout!r}; {_what_is_there(listing)}")
+        raise CorpusError(f"{path}: holds no utterances in the layout {layout!r}; {_why_empty(listing)}")
     listing.utterances.sort(key=lambda utterance: (utterance.speaker, utterance.id))
     return layout, listing
 
 
-def detect(path: Path) -> str:
-    """Return the layout of an existing file or folder; raise `CorpusError` for a file of an unknown kind."""
+def detect_layout(path: Path) -> str:
+    """Return the layout of an existing file or folder; raise `CorpusError` for an unknown type of file."""
     if path.is_dir():
         if not folders(path) and _tars(path):
             return "tar"
-        return next(name for name, layout in FOLDER_LAYOUTS.items() if layout.roots(path))
+        return next(name for name, layout in FOLDER_LAYOUTS.items() if layout.find_roots(path))
     require_uncompressed(path)
     if path.suffix.lower() == ".tar":
         return "tar"
@@ -153,10 +155,10 @@ def detect(path: Path) -> str:
     raise CorpusError(f"{path}: is not a corpus; name a folder, a .tar, or a manifest in .csv or .jsonl")
 
 
-def speaker_table(path: Path) -> dict[str, str]:
-    """Return the gender by speaker of a CSV or JSONL table with the columns `speaker` and `gender`.
+def read_genders(path: Path) -> dict[str, str]:
+    """Read the gender of each speaker from a CSV or JSONL table with the columns `speaker` and `gender`.
 
-    Rows without a known gender are left out. Raises `CorpusError` for a table that is missing or tells nothing.
+    Rows without a known gender are skipped. Raises `CorpusError` if the table is missing or has no genders.
     """
     genders = {}
     for number, row in _rows(path, "speaker"):
@@ -166,12 +168,12 @@ def speaker_table(path: Path) -> dict[str, str]:
         if gender is not None:
             genders[row["speaker"]] = gender
     if not genders:
-        raise CorpusError(f"{path}: tells no speaker's gender; it needs a column gender with F or M")
+        raise CorpusError(f"{path}: has no speaker's gender; add a column gender with F or M")
     return genders
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what lies in `folder`, without names that begin with a dot; raise `CorpusError` if not allowed to."""
+    """Return the entries of `folder` except hidden ones; raise `CorpusError` if it cannot be listed."""
     try:
         with os.scandir(folder) as found:
             return [entry for entry in found if not entry.name.startswith(".")]
@@ -180,18 +182,18 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def folders(folder: Path) -> list[Path]:
-    """Return the folders in `folder`, sorted."""
+    """Return the folders in `folder`, sorted and without hidden ones."""
     return sorted(folder / entry.name for entry in entries(folder) if entry.is_dir())
 
 
-def files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files beneath `folder`; a link back to a folder `above` is not followed again."""
+def files(folder: Path, parents: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below `folder`; a link back to one of its `parents` is not followed."""
     place = os.path.realpath(folder)
-    if place in above:
+    if place in parents:
         return
     for entry in entries(folder):
         if entry.is_dir():
-            yield from files(folder / entry.name, above | {place})
+            yield from files(folder / entry.name, parents | {place})
         else:
             yield folder / entry.name
 
@@ -199,16 +201,16 @@ def files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 def _list_folder(path: Path, layout: FolderLayout, pattern: str | None) -> Listing:
     listing = Listing()
     genders = _genders(path, layout)
-    for root in layout.roots(path):
+    for root in layout.find_roots(path):
         for folder in folders(root):
             if not re.fullmatch(layout.speaker, folder.name):
                 continue
             for file in sorted(files(folder)):
                 name = Path(os.path.relpath(file, path.parent)).as_posix()
-                if layout.skip and file.match(layout.skip[0]):
-                    listing.pass_over(name, layout.skip[1])
+                if layout.ignore and file.match(layout.ignore[0]):
+                    listing.ignore(name, layout.ignore[1])
                     continue
-                inner = file.stem if layout.stem_names else file.relative_to(folder).with_suffix("").as_posix()
+                inner = file.stem if layout.has_unique_stems else file.relative_to(folder).with_suffix("").as_posix()
                 _add(listing, Recording(file, name), folder.name, inner, genders.get(folder.name), pattern)
     return listing
 
@@ -217,14 +219,8 @@ def _list_flat(path: Path, pattern: str | None) -> Listing:
     listing = Listing()
     for file in sorted(files(path)):
         inner = file.relative_to(path)
-        _add(
-            listing,
-            Recording(file, f"{path.name}/{inner.as_posix()}"),
-            path.name,
-            inner.with_suffix("").as_posix(),
-            None,
-            pattern,
-        )
+        recording = Recording(file, f"{path.name}/{inner.as_posix()}")
+        _add(listing, recording, path.name, inner.with_suffix("").as_posix(), None, pattern)
     return listing
 
 
@@ -261,28 +257,29 @@ def _list_manifest(path: Path, pattern: str | None) -> Listing:
 
 
 def _add(
-    listing: Listing, source: Recording, speaker: str, inner: str, gender: str | None, pattern: str | None
+    listing: Listing, recording: Recording, speaker: str, inner: str, gender: str | None, pattern: str | None
 ) -> None:
-    """Put a file into the listing, as what its name says it is."""
-    path = PurePosixPath(source.name.rpartition(":")[2])
-    ending = path.suffix.lower()
-    if ending in UNREADABLE:
-        listing.faults.append(Fault(source.name, f"{ending} cannot be decoded; convert it to .wav or .flac by ffmpeg"))
-    elif ending not in EXTENSIONS:
-        listing.pass_over(source.name, NO_SOUND)
+    """Add a file to the listing: as an utterance, a fault or an ignored file, by its name."""
+    path = PurePosixPath(recording.name.rpartition(":")[2])
+    extension = path.suffix.lower()
+    if extension in UNREADABLE_EXTENSIONS:
+        reason = f"{extension} cannot be decoded; convert it to .wav or .flac with ffmpeg"
+        listing.faults.append(Fault(recording.name, reason))
+    elif extension not in EXTENSIONS:
+        listing.ignore(recording.name, NOT_AUDIO)
     elif pattern is not None and not path.match(pattern):
-        listing.pass_over(source.name, NOT_MATCHED)
+        listing.ignore(recording.name, NOT_MATCHED)
     else:
-        listing.utterances.append(Utterance(f"{speaker}/{inner}", speaker, source, gender))
+        listing.utterances.append(Utterance(f"{speaker}/{inner}", speaker, recording, gender))
 
 
 def _genders(path: Path, layout: FolderLayout) -> dict[str, str]:
-    """Return the gender by speaker from those of the layout's tables that are there.
+    """Return the gender of each speaker from the layout's tables, as far as they exist.
 
-    All of them have a line per speaker: the name first, and among the other columns one that is a gender.
+    Each table has a line per speaker: first the name, and in one of the other columns the gender.
     """
     genders = {}
-    for table in (path / place for place in layout.info):
+    for table in (path / place for place in layout.gender_tables):
         if not table.is_file():
             continue
         for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -294,7 +291,7 @@ def _genders(path: Path, layout: FolderLayout) -> dict[str, str]:
 
 
 def _rows(path: Path, *required: str) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """Yield the line number of each row of a CSV or JSONL table with its columns, or with what is wrong with it."""
+    """Yield the line number of each row of a CSV or JSONL table, and its columns or what is wrong with it."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             rows = _json_rows(stream) if path.suffix.lower() == ".jsonl" else _csv_rows(path, stream, required)
@@ -325,15 +322,18 @@ def _json_rows(stream: Iterator[str]) -> Iterator[tuple[int, dict[str, str] | st
                 yield number, f"is not JSON ({error})"
                 continue
             is_row = isinstance(row, dict)
-            yield number, {key: str(row[key]) for key in row if row[key] not in (None, "")} if is_row else "no object"
+            yield (
+                number,
+                {key: str(row[key]) for key in row if row[key] not in (None, "")} if is_row else "is not a JSON object",
+            )
 
 
 def _tars(folder: Path) -> list[Path]:
     return sorted(folder / entry.name for entry in entries(folder) if entry.name.lower().endswith(".tar"))
 
 
-def _what_is_there(listing: Listing) -> str:
+def _why_empty(listing: Listing) -> str:
     if listing.faults:
-        return f"{len(listing.faults)} files were refused, such as {listing.faults[0]}"
-    there = [f"{count} files {why} ({listing.examples[why]}, …)" for why, count in listing.passed_over.items()]
-    return " and ".join(there) or f"put one folder per speaker there; known endings are {', '.join(EXTENSIONS)}"
+        return f"{len(listing.faults)} files cannot be used, for example {listing.faults[0]}"
+    found = [f"{count} files {reason} ({listing.examples[reason]}, …)" for reason, count in listing.ignored.items()]
+    return " and ".join(found) or f"put one folder per speaker there, with {', '.join(EXTENSIONS)}"

@@ -1,12 +1,12 @@
-"""Speech by speaker: which recordings belong to whom, how much there is, and what is wrong with it.
+"""Corpora: which recordings belong to which speaker, how much speech there is, and what is broken.
 
-    corpus = scan_corpus(["LibriSpeech/train-clean-100", "shards"])   # looks at every header
-    print(report(corpus))
-    corpus.require(max_broken=0.01)
+    corpus = scan_corpus(["LibriSpeech/train-clean-100", "shards"])   # reads every header
+    print(describe(corpus))
+    corpus.require_usable(max_broken=0.01)
     parts = split_speakers(corpus.speakers, {"train": 0.9, "validation": 0.1}, seed=0)
 
-Broken recordings are left out and named; `Corpus.require` refuses a corpus with too many. How corpora are laid out:
-`onevoice.corpus.layouts`. `scan` is the short form for mixtures from files.
+Broken recordings are left out and named, and `Corpus.require_usable` refuses a corpus with too many of them.
+`onevoice.corpus.layouts` knows how corpora are laid out. `scan` is the short form for mixtures from files.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from onevoice.processes import ordered_map
 from onevoice.rng import derive_seed
 
 CHUNK = 64
-"""Files that a process looks at in one go."""
+"""Files per call of a worker."""
 MAX_BROKEN = 0.01
-"""Share of broken recordings up to which a corpus is used without them."""
+"""The largest share of broken recordings that a corpus may have by default."""
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker and their sound files, sorted: paths, or a `Recording` where the sound is a member of a tar shard."""
+    """A speaker and their audio files, sorted: paths, or a `Recording` for a member of a tar shard."""
 
     id: str
     files: tuple[Path | Recording, ...]
@@ -42,50 +42,50 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The usable utterances of one or several sources, sorted by speaker and id, and what was left out.
-
-    `layouts` has one entry per source. `shared_names` counts names that several speakers use; the ids differ by the
-    speaker. `joined` counts speakers found in several sources, who are taken for one person. `passed_over` says what
-    was rightly not read: how many, why, and an example.
-    """
+    """The usable utterances of one or several sources, sorted by speaker and id, and what was left out."""
 
     layouts: tuple[str, ...]
+    """The layout of each source."""
     utterances: tuple[Utterance, ...]
     faults: tuple[Fault, ...] = ()
-    passed_over: tuple[tuple[int, str, str], ...] = ()
+    """What is broken or a duplicate, and left out."""
+    ignored: tuple[tuple[int, str, str], ...] = ()
+    """How many files are not meant to be read, with the reason and an example."""
     shared_names: int = 0
-    joined: int = 0
+    """Names of utterances that several speakers use; their ids differ by the speaker."""
+    merged_speakers: int = 0
+    """Speakers found in several sources, each counted as one person."""
 
     @functools.cached_property
     def speakers(self) -> dict[str, tuple[Utterance, ...]]:
-        """The utterances of each speaker, speakers sorted."""
+        """The utterances of each speaker, sorted by speaker."""
         groups = itertools.groupby(self.utterances, key=lambda utterance: utterance.speaker)
         return {speaker: tuple(group) for speaker, group in groups}
 
     @functools.cached_property
     def genders(self) -> dict[str, str]:
-        """The gender of each speaker for whom one is known."""
+        """The gender of each speaker whose gender is known."""
         return {each.speaker: each.gender for each in reversed(self.utterances) if each.gender is not None}
 
     @property
     def seconds(self) -> float:
-        """The duration of all utterances that have been looked at."""
+        """The duration of all inspected utterances in total."""
         return sum(utterance.seconds or 0.0 for utterance in self.utterances)
 
     @property
     def broken_share(self) -> float:
-        """The share of utterances that are broken, of all that were found."""
+        """The share of broken utterances among all that were found."""
         return broken_share(self.faults, len(self.utterances))
 
-    def of(self, speakers: Iterable[str]) -> "Corpus":
-        """Return the part of the corpus that `speakers` are, without the list of what is broken."""
+    def subset(self, speakers: Iterable[str]) -> "Corpus":
+        """Return the corpus with only these speakers and without the faults."""
         kept = set(speakers)
         utterances = tuple(utterance for utterance in self.utterances if utterance.speaker in kept)
         return Corpus(self.layouts, utterances)
 
-    def require(self, max_broken: float = MAX_BROKEN) -> None:
-        """Raise `CorpusError` when more than the share `max_broken` is broken, or nothing is left."""
-        require_share(self.faults, len(self.utterances), max_broken)
+    def require_usable(self, max_broken: float = MAX_BROKEN) -> None:
+        """Raise `CorpusError` if a share above `max_broken` is broken or no utterance is left."""
+        require_few_broken(self.faults, len(self.utterances), max_broken)
         if not self.utterances:
             raise CorpusError("no usable utterance is left in the corpus")
 
@@ -97,30 +97,30 @@ def list_corpus(
     pattern: str | None = None,
     genders: Mapping[str, str] | None = None,
 ) -> Corpus:
-    """Return what folders, tar shards and manifests hold; no sound file is opened.
+    """List the utterances in folders, tar shards and manifests; no audio file is opened.
 
-    A speaker may be spread over sources of one layout, as over shards. An id that stands twice is a fault: the
-    first one counts. `genders` by speaker go before those of the corpus.
+    A speaker may be spread over several sources of one layout, such as shards. If an id appears twice, the first one
+    counts and the other is a fault. `genders` by speaker override those of the corpus.
 
-    Raises `CorpusError` when a source holds nothing, or one name of a speaker stands in different layouts.
+    Raises `CorpusError` if a source has no utterances, or if sources of different layouts share a speaker's name.
     """
     listings = [list_source(Path(source), layout, pattern) for source in sources]
-    homes: dict[str, set[tuple[int, str]]] = {}
+    places_of: dict[str, set[tuple[int, str]]] = {}
     for number, (name, listing) in enumerate(listings):
         for utterance in listing.utterances:
-            homes.setdefault(utterance.speaker, set()).add((number, name))
-    for speaker, places in homes.items():
+            places_of.setdefault(utterance.speaker, set()).add((number, name))
+    for speaker, places in places_of.items():
         if len({name for _, name in places}) > 1:
             found = " and ".join(str(sources[number]) for number, _ in sorted(places)[:2])
-            raise CorpusError(f"{found}: both have a speaker {speaker!r}; rename one, e.g. by a manifest")
-    kept, faults = _unique(listing for _, listing in listings)
+            raise CorpusError(f"{found}: both have a speaker {speaker!r}; rename one, for example in a manifest")
+    kept, faults = _without_duplicates(listing for _, listing in listings)
     return Corpus(
         layouts=tuple(name for name, _ in listings),
         utterances=tuple(_with_gender(utterance, genders or {}) for utterance in kept),
         faults=tuple(faults),
-        passed_over=_passed_over([listing for _, listing in listings]),
+        ignored=_ignored([listing for _, listing in listings]),
         shared_names=_shared_names(kept),
-        joined=sum(len(places) > 1 for places in homes.values()),
+        merged_speakers=sum(len(places) > 1 for places in places_of.values()),
     )
 
 
@@ -133,14 +133,14 @@ def scan_corpus(
     decode: bool = False,
     workers: int = 1,
 ) -> Corpus:
-    """Do the same as `list_corpus`, and look at every file: length, rate, and whether it is broken.
+    """Do what `list_corpus` does, and inspect every file: its length, its sample rate, and whether it is broken.
 
-    Only headers are read, which does not show damage in the middle of a FLAC or MP3 file; with `decode` all
-    sound is decoded, and NaN and silence are found too. The result does not depend on `workers`.
+    Only headers are read, which does not reveal damage in the middle of a FLAC or MP3 file. With `decode`, everything
+    is decoded, which also finds NaN and silence. The result does not depend on `workers`.
     """
     corpus = list_corpus(sources, layout=layout, pattern=pattern, genders=genders)
     chunks = [corpus.utterances[start : start + CHUNK] for start in range(0, len(corpus.utterances), CHUNK)]
-    make = functools.partial(_Examiner, decode)
+    make = functools.partial(_Inspector, decode)
     found: list[Utterance] = []
     faults = list(corpus.faults)
     with contextlib.closing(ordered_map(make, chunks, max(1, min(workers, len(chunks))))) as results:
@@ -153,13 +153,12 @@ def scan_corpus(
 
 
 def split_speakers(speakers: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, list[str]]:
-    """Deal the speakers out to parts so that no speaker is in two.
+    """Assign each speaker to one part.
 
-    The part of a speaker depends on `seed`, their name and the fractions alone: recordings and speakers can be
-    added later without anybody changing sides. The sizes therefore follow the fractions only roughly.
+    The part depends only on `seed`, the speaker's name and the fractions, so it stays the same when recordings and
+    speakers are added later. The sizes of the parts therefore only approximate the fractions.
 
-    Raises `ConfigError` for fractions that are not positive or do not add up to 1, `CorpusError` for a part that
-    stays empty.
+    Raises `ConfigError` if the fractions are not positive or do not add up to 1, and `CorpusError` if a part is empty.
     """
     if not fractions or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise ConfigError(f"split {dict(fractions)}: the fractions must be positive and add up to 1")
@@ -176,23 +175,23 @@ def split_speakers(speakers: Iterable[str], fractions: Mapping[str, float], seed
 
 
 def broken_share(faults: Iterable[Fault], usable: int) -> float:
-    """Return the share of broken utterances when `usable` ones are left; 0 for nothing at all."""
+    """Return the share of broken utterances when `usable` ones are left; 0 if there are none at all."""
     broken = sum(fault.utterances for fault in faults)
     return broken / (broken + usable) if broken else 0.0
 
 
-def require_share(faults: Sequence[Fault], usable: int, max_broken: float) -> None:
-    """Raise `CorpusError` when the share of broken utterances is above `max_broken`."""
+def require_few_broken(faults: Sequence[Fault], usable: int, max_broken: float) -> None:
+    """Raise `CorpusError` if the share of broken utterances is above `max_broken`."""
     share = broken_share(faults, usable)
     if share > max_broken:
         raise CorpusError(
             f"{share:.2%} of the utterances are broken or left out, more than {max_broken:.2%}; the first: "
-            f"{faults[0]}; put them right, or allow more by --max-broken {min(1.0, share * 1.01):.2g}"
+            f"{faults[0]}; fix them, or allow more with --max-broken {min(1.0, share * 1.01):.2g}"
         )
 
 
-def report(corpus: Corpus, show: int = 10) -> str:
-    """Return what is in a corpus, in lines for people; at most `show` broken files are named."""
+def describe(corpus: Corpus, max_faults: int = 10) -> str:
+    """Return a summary of a corpus in lines for people, with at most `max_faults` faults."""
     counts = [len(group) for group in corpus.speakers.values()] or [0]
     rates = Counter(each.sample_rate for each in corpus.utterances if each.sample_rate)
     genders = Counter(corpus.genders.get(speaker, "unknown") for speaker in corpus.speakers)
@@ -202,18 +201,20 @@ def report(corpus: Corpus, show: int = 10) -> str:
         f"speakers      {len(corpus.speakers)} ({', '.join(f'{n} {kind}' for kind, n in sorted(genders.items()))})",
         f"utterances    {len(corpus.utterances)}",
         f"hours         {corpus.seconds / 3600:.2f}",
-        f"sample rates  {', '.join(f'{rate} Hz × {n}' for rate, n in sorted(rates.items())) or 'not looked at'}",
+        f"sample rates  {', '.join(f'{rate} Hz × {n}' for rate, n in sorted(rates.items())) or 'not inspected'}",
         f"per speaker   {min(counts)} to {max(counts)} utterances, median {statistics.median(counts):g}",
     ]
-    if corpus.joined:
-        lines.append(f"joined        {corpus.joined} speakers of several sources, each taken for one person")
+    if corpus.merged_speakers:
+        lines.append(
+            f"merged        {corpus.merged_speakers} speakers are in several sources; each counts as one person"
+        )
     if corpus.shared_names:
-        lines.append(f"same names    {corpus.shared_names} names are used by several speakers; ids tell them apart")
-    lines += [f"passed over   {n} files {why}, such as {example}" for n, why, example in corpus.passed_over]
+        lines.append(f"shared names  {corpus.shared_names} utterance names are used by several speakers; ids differ")
+    lines += [f"ignored       {n} files {reason}, for example {example}" for n, reason, example in corpus.ignored]
     lines.append(f"left out      {len(corpus.faults)} ({corpus.broken_share:.2%} of the utterances)")
-    lines += [f"  {fault}" for fault in corpus.faults[:show]]
-    if len(corpus.faults) > show:
-        lines.append(f"  … and {len(corpus.faults) - show} more")
+    lines += [f"  {fault}" for fault in corpus.faults[:max_faults]]
+    if len(corpus.faults) > max_faults:
+        lines.append(f"  … and {len(corpus.faults) - max_faults} more")
     return "\n".join(lines)
 
 
@@ -232,40 +233,40 @@ def files_by_speaker(corpus: Corpus) -> list[Speaker]:
     return speakers
 
 
-class _Examiner:
-    """What one process does: look at utterances, and give each back with its length and rate, or what is wrong."""
+class _Inspector:
+    """The work of one process: return utterances with their lengths and sample rates, or their faults."""
 
     def __init__(self, decode: bool) -> None:
         self.decode = decode
 
     def __call__(self, utterances: Sequence[Utterance]) -> list[Utterance | Fault]:
-        return [self._examine(utterance) for utterance in utterances]
+        return [self._inspect(utterance) for utterance in utterances]
 
-    def _examine(self, utterance: Utterance) -> Utterance | Fault:
+    def _inspect(self, utterance: Utterance) -> Utterance | Fault:
         try:
-            length, rate = _decoded(utterance.source) if self.decode else utterance.source.probe()
+            length, rate = _decode(utterance.recording) if self.decode else utterance.recording.probe()
         except AudioError as error:
-            return utterance.source.fault(error)
+            return utterance.recording.fault(error)
         return dataclasses.replace(utterance, seconds=length / rate, sample_rate=rate)
 
 
-def _decoded(source: Recording) -> tuple[int, int]:
-    samples, rate = source.read()
-    require_not_silent(samples, source.name)
+def _decode(recording: Recording) -> tuple[int, int]:
+    samples, rate = recording.read()
+    require_not_silent(samples, recording.name)
     return len(samples), rate
 
 
-def _unique(listings: Iterable[Listing]) -> tuple[list[Utterance], list[Fault]]:
-    """Return the utterances sorted, each id once, and the faults, those of further ones with the same id included."""
+def _without_duplicates(listings: Iterable[Listing]) -> tuple[list[Utterance], list[Fault]]:
+    """Return the sorted utterances with each id once, and all faults, including one per duplicate."""
     first: dict[str, Utterance] = {}
     faults: list[Fault] = []
     for listing in listings:
         faults += listing.faults
         for utterance in listing.utterances:
-            there = first.setdefault(utterance.id, utterance)
-            if there is not utterance:
-                reason = f"duplicate of the utterance {utterance.id}, already found as {there.source.name}"
-                faults.append(Fault(utterance.source.name, reason))
+            earlier = first.setdefault(utterance.id, utterance)
+            if earlier is not utterance:
+                reason = f"duplicate of the utterance {utterance.id}, already found as {earlier.recording.name}"
+                faults.append(Fault(utterance.recording.name, reason))
     return sorted(first.values(), key=lambda utterance: (utterance.speaker, utterance.id)), faults
 
 
@@ -274,10 +275,10 @@ def _with_gender(utterance: Utterance, genders: Mapping[str, str]) -> Utterance:
     return utterance if gender == utterance.gender else dataclasses.replace(utterance, gender=gender)
 
 
-def _passed_over(listings: Sequence[Listing]) -> tuple[tuple[int, str, str], ...]:
-    total = sum((listing.passed_over for listing in listings), Counter[str]())
-    examples = {why: name for listing in reversed(listings) for why, name in listing.examples.items()}
-    return tuple((count, why, examples[why]) for why, count in sorted(total.items()))
+def _ignored(listings: Sequence[Listing]) -> tuple[tuple[int, str, str], ...]:
+    total = sum((listing.ignored for listing in listings), Counter[str]())
+    examples = {reason: name for listing in reversed(listings) for reason, name in listing.examples.items()}
+    return tuple((count, reason, examples[reason]) for reason, count in sorted(total.items()))
 
 
 def _shared_names(utterances: Iterable[Utterance]) -> int:

@@ -1,14 +1,14 @@
-"""The packed corpus: every utterance in one memory-mapped file, any crop of it in microseconds.
+"""The packed corpus: all utterances in one memory-mapped file, from which any crop is read in microseconds.
 
 A pack is a folder:
 
-    samples.int16      all utterances one after the other, mono, 16-bit little-endian, sorted by speaker
+    samples.int16      all utterances in a row, mono, 16-bit little-endian, sorted by speaker
     index.npy          int64, three rows: first sample, number of samples, and speaker of each utterance
-    utterances.jsonl   one row for each recording that went in, and for each that was left out: why
+    utterances.jsonl   one row per recording; for one that was left out, the reason
     pack.json          sample rate, speakers, counts, SHA-256 of the two binary files
 
-Values are full scale 1.0 = 32768; the mean of each utterance has been removed. `packing` writes it
-and puts the folder under its name only when it is whole.
+Full scale 1.0 is 32768. The mean of each utterance is removed, unless the pack was written with `keep_mean`.
+`packing` writes packs.
 """
 
 import functools
@@ -38,10 +38,10 @@ BLOCK_BYTES = 1 << 24
 class PackedCorpus:
     """A pack that is open for reading.
 
-    Utterances and speakers are numbered; those of speaker `s` are `speaker_start[s]` up to `speaker_start[s + 1]`,
-    so a draw by speaker takes two look-ups. A speed-perturbed copy of a speaker is another speaker of the same person:
-    `person_of_speaker` numbers the persons, who come one after the other, the true speed first. Pickling sends the path
-    alone; opening reads no samples.
+    Utterances and speakers are numbered. The utterances of speaker `s` are `speaker_start[s]` up to
+    `speaker_start[s + 1]`, so finding them takes two lookups. A speed-perturbed copy of a speaker is another speaker,
+    but the same person: `person_of_speaker` numbers the persons, in order, each with the original speed first.
+    Pickling keeps only the path, and opening reads no samples.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class PackedCorpus:
 
     @classmethod
     def open(cls, path: str | Path) -> "PackedCorpus":
-        """Open the pack in the folder `path`; raise `CorpusError` when it is none, or not whole."""
+        """Open the pack in the folder `path`; raise `CorpusError` if it is not a complete pack."""
         path = Path(path)
         header = read_header(path)
         try:
@@ -93,27 +93,27 @@ class PackedCorpus:
 
     @property
     def seconds(self) -> float:
-        """The duration of all utterances."""
+        """The duration of all utterances in total."""
         return len(self.samples) / self.sample_rate
 
     @functools.cached_property
     def ids(self) -> tuple[str, ...]:
-        """The names `speaker/utterance`, read from the rows when first asked for."""
+        """The ids `speaker/utterance`, read on first use."""
         return tuple(row["id"] for row in self.rows() if "fault" not in row)
 
     def rows(self) -> Iterator[Row]:
-        """Yield what is known of each recording: `id`, `speaker`, `source`, its rate, or the `fault` it has."""
+        """Yield a row per recording: `id`, `speaker`, `speed`, `source`, and its sample rate or its `fault`."""
         with (self.path / ROWS).open(encoding="utf-8") as stream:
             yield from map(json.loads, stream)
 
     def utterances_of(self, speaker: SupportsIndex) -> range:
-        """Return the numbers of the utterances of a speaker."""
+        """Return the numbers of a speaker's utterances."""
         return range(int(self.speaker_start[speaker]), int(self.speaker_start[speaker.__index__() + 1]))
 
     def crop(
         self, utterance: SupportsIndex, start: SupportsIndex, length: SupportsIndex
     ) -> Float32[np.ndarray, " {length}"]:
-        """Return `length` samples from `start` on as float32, a new array; raise `ValueError` beyond the ends."""
+        """Return `length` samples from `start` on in a new float32 array; raise `ValueError` beyond the ends."""
         first, count = start.__index__(), length.__index__()
         if first < 0 or count < 0 or first + count > self.length[utterance]:
             raise ValueError(
@@ -129,24 +129,24 @@ class PackedCorpus:
         return self.crop(utterance, 0, int(self.length[utterance]))
 
     def summary(self) -> str:
-        """Return in one line what is in the pack, what was left out and which rates were converted."""
+        """Return one line on the contents of the pack, what was converted and what was left out."""
         rates, persons = self.header["source_rates"], int(self.person_of_speaker[-1]) + 1
-        more = len(self.speakers) - persons
-        copies = f" and {more} speed-perturbed copies of them" if more else ""
+        copies = len(self.speakers) - persons
+        and_copies = f" and {copies} speed-perturbed copies of them" if copies else ""
         converted = sum(count for rate, count in rates.items() if int(rate) != self.sample_rate)
         return (
-            f"{self.path}: {persons} speakers{copies}, {len(self)} utterances, {self.seconds / 3600:.2f} h "
+            f"{self.path}: {persons} speakers{and_copies}, {len(self)} utterances, {self.seconds / 3600:.2f} h "
             f"at {self.sample_rate} Hz ({converted} converted from other rates); {self.header['left_out']} left out"
         )
 
     def verify(self) -> None:
-        """Read everything and compare the checksums; raise `CorpusError` naming what is damaged first."""
+        """Read everything and compare the checksums; raise `CorpusError` that names the first damaged utterance."""
         for name in (SAMPLES, INDEX):
             if sha256_of(self.path / name) != self.header["sha256"][name]:
                 raise CorpusError(f"{self.path / name}: is damaged ({self._first_damaged()}); copy or pack it again")
 
     def _first_damaged(self) -> str:
-        """Return the id of the first utterance whose samples are not those that were packed."""
+        """Say which utterance is the first whose samples differ from those packed."""
         begin = 0
         for row in self.rows():
             if "fault" not in row:

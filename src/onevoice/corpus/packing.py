@@ -22,7 +22,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from onevoice.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_not_silent, resample, to_pcm16
-from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_share
+from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_few_broken
 from onevoice.corpus.pack import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, sha256_of
 from onevoice.corpus.recordings import Fault, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
@@ -76,7 +76,7 @@ def pack_corpus(
     """
     out = Path(out).absolute()
     _check_settings(sample_rate, speeds)
-    corpus.require(max_broken)
+    corpus.require_usable(max_broken)
     jobs = [Job(each, speed) for group in corpus.speakers.values() for speed in (1.0, *speeds) for each in group]
     header: Row = {"format": FORMAT, "sample_rate": sample_rate, "mean_removed": not keep_mean}
     header["plan"] = _digest_of_plan(jobs, header)
@@ -105,15 +105,15 @@ class _Encoder:
         self.sample_rate, self.keep_mean = sample_rate, keep_mean
 
     def __call__(self, job: Job) -> Encoded:
-        source = job.utterance.source
+        recording = job.utterance.recording
         try:
-            samples, source_rate = source.read()
-            require_not_silent(samples, source.name)
+            samples, source_rate = recording.read()
+            require_not_silent(samples, recording.name)
             samples = resample(samples, round(source_rate * job.speed), self.sample_rate)
             encoded = to_pcm16(samples if self.keep_mean else remove_mean(samples))
-            require_not_silent(encoded.astype(np.float32), source.name)
+            require_not_silent(encoded.astype(np.float32), recording.name)
         except AudioError as error:
-            return Encoded(fault=source.fault(error).reason)
+            return Encoded(fault=recording.fault(error).reason)
         return Encoded(encoded.astype("<i2").tobytes(), source_rate)
 
 
@@ -128,9 +128,9 @@ def _digest_of_plan(jobs: Sequence[Job], header: Row) -> str:
     """Return a hash of what is to be packed: the utterances, the files with their sizes, and the settings."""
     digest = hashlib.sha256(json.dumps(header).encode())
     for job in jobs:
-        source = job.utterance.source
-        place = (job.id, job.speed, job.utterance.gender, source.name, source.offset, source.size_bytes())
-        digest.update(json.dumps(place).encode())
+        file = job.utterance.recording
+        item = (job.id, job.speed, job.utterance.gender, file.name, file.offset, file.size_bytes())
+        digest.update(json.dumps(item).encode())
     return digest.hexdigest()
 
 
@@ -190,7 +190,7 @@ def _write_samples(
             if encoded.fault and job.speed == 1:
                 faults.append(Fault(row["source"], encoded.fault))
                 found = len(faults) - len(corpus.faults)
-                require_share(faults, len(corpus.utterances) - found, max_broken)
+                require_few_broken(faults, len(corpus.utterances) - found, max_broken)
             digest.update(encoded.data)
             append_whole(stream, encoded.data)
             rows.append(row)
@@ -209,7 +209,7 @@ def _open_for_writing(path: Path) -> Iterator[io.FileIO]:
 
 def _row(job: Job, encoded: Encoded) -> Row:
     utterance = job.utterance
-    row: Row = {"id": job.id, "speaker": utterance.speaker, "speed": job.speed, "source": utterance.source.name}
+    row: Row = {"id": job.id, "speaker": utterance.speaker, "speed": job.speed, "source": utterance.recording.name}
     if encoded.fault:
         return {**row, "fault": encoded.fault}
     samples, crc32 = len(encoded.data) // 2, zlib.crc32(encoded.data)

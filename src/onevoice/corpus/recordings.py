@@ -1,7 +1,7 @@
-"""Where speech lies: files and members of tar shards, and the utterances they hold.
+"""Recordings: audio files and members of tar shards, and the utterances they hold.
 
-A tar is read in place: its members are listed once, by name, offset and size, and each is then read by its offset.
-A `Recording` is a plain value without an open file, so it can be sent to any process.
+A tar shard is read in place: its members are listed once with their offsets and sizes, and each is then read at its
+offset. A `Recording` is a plain value without an open file, so it can be sent to any process.
 """
 
 import io
@@ -15,14 +15,14 @@ from onevoice.audio import Mono, decode_audio, probe_audio, require_file
 from onevoice.errors import AudioError, CorpusError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
-"""Endings of archives in which no member can be reached without unpacking."""
+"""Extensions of archives whose members can only be read after unpacking."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One sound file: a whole file, or `size` bytes of a tar shard from `offset` on.
+    """One audio file: a whole file, or `size` bytes of a tar shard starting at `offset`.
 
-    `name` is what messages and indexes call it; it does not depend on where the corpus is mounted.
+    `name` identifies it in messages and indexes, and does not depend on where the corpus is mounted.
     """
 
     path: Path
@@ -35,17 +35,17 @@ class Recording:
         return decode_audio(self._bytes(), self.name, sample_rate)
 
     def probe(self) -> tuple[int, int]:
-        """Return `(samples, rate in Hz)` as the header says, or raise `AudioError`."""
+        """Return `(samples, rate in Hz)` from the header, or raise `AudioError`."""
         return probe_audio(self._bytes(), self.name)
 
     def size_bytes(self) -> int:
-        """Return the size of the sound file in bytes; −1 when it is missing."""
+        """Return the size of the audio file in bytes; −1 if it is missing."""
         if self.size is not None:
             return self.size
         return self.path.stat().st_size if self.path.is_file() else -1
 
     def fault(self, error: AudioError) -> "Fault":
-        """Return `error` as the fault of this recording, without the file named twice."""
+        """Return `error` as a fault of this recording, with the file named only once."""
         return Fault(self.name, str(error).removeprefix(f"{self.path}: ").removeprefix(f"{self.name}: "))
 
     def _bytes(self) -> Path | io.BytesIO:
@@ -65,13 +65,13 @@ class Recording:
 class Utterance:
     """One recording of one speaker. `id` is `speaker/name` and unique in a corpus.
 
-    `gender` is "female", "male" or None for unknown; `seconds` and `sample_rate` in Hz are None until the file has
-    been looked at.
+    `gender` is "female", "male" or None if unknown. `seconds` and `sample_rate` in Hz are None until the file has been
+    inspected.
     """
 
     id: str
     speaker: str
-    source: Recording
+    recording: Recording
     gender: str | None = None
     seconds: float | None = None
     sample_rate: int | None = None
@@ -79,36 +79,36 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something left out: what, why, and for how many utterances it counts in the share of broken ones."""
+    """Something that cannot be used, the reason, and how many utterances it counts for in the broken share."""
 
-    source: str
+    name: str
     reason: str
     utterances: int = 1
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.reason}"
+        return f"{self.name}: {self.reason}"
 
 
 @dataclass
 class Listing:
-    """What a place holds: utterances, what is wrong there, and what was passed over, by reason, with an example."""
+    """The contents of one source: utterances, faults, and how many files are ignored, with an example per reason."""
 
     utterances: list[Utterance] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def pass_over(self, name: str, reason: str) -> None:
-        """Count `name` as something that is rightly not read."""
-        self.passed_over[reason] += 1
+    def ignore(self, name: str, reason: str) -> None:
+        """Count `name` as a file that is not meant to be read."""
+        self.ignored[reason] += 1
         self.examples.setdefault(reason, name)
 
 
 def tar_members(path: Path) -> Iterator[Recording | Fault]:
-    """Yield the regular members of an uncompressed tar in their order, and what is wrong with it.
+    """Yield the regular members of an uncompressed tar in order, and what is wrong with it.
 
-    A shard that is cut short yields its whole members and at the end one `Fault`, which counts for as many
-    utterances as were found before: nobody knows how many are missing. Raises `CorpusError` for what is no tar.
+    A truncated shard yields its complete members and then one `Fault`. Nobody knows how many members are missing, so
+    it counts for as many utterances as were found. Raises `CorpusError` if the file is not an uncompressed tar.
     """
     end, found = path.stat().st_size, 0
     try:
@@ -121,22 +121,22 @@ def tar_members(path: Path) -> Iterator[Recording | Fault]:
                     found += 1
                     yield Recording(path, name, member.offset_data, member.size)
                 elif not member.isdir():
-                    yield Fault(name, "is a link or a special file; a shard must hold the sound itself")
-            complete = tar.offset < end and _is_end(path, tar.offset)
+                    yield Fault(name, "is a link or a special file; a shard must hold the audio itself")
+            complete = tar.offset < end and _has_end_mark(path, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise CorpusError(f"{path}: cannot be read as an uncompressed tar ({error}); copy or build it again") from error
     if not complete:
-        yield Fault(path.name, f"the shard is cut short after {found} whole members; copy it again", max(found, 1))
+        yield Fault(path.name, f"the shard is truncated after {found} complete members; copy it again", max(found, 1))
 
 
 def require_uncompressed(path: Path) -> None:
-    """Raise `CorpusError` for a compressed archive, in which no member can be reached without unpacking."""
+    """Raise `CorpusError` for a compressed archive, whose members can only be read after unpacking."""
     if path.suffix.lower() in COMPRESSED:
         raise CorpusError(f"{path}: is compressed and cannot be read in place; unpack it, or decompress it to a .tar")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the members up to the end or the first that is damaged."""
+    """Yield the members up to the end or to the first damaged one."""
     while True:
         try:
             member = tar.next()
@@ -149,8 +149,8 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _is_end(path: Path, offset: int) -> bool:
-    """Say whether a block of zeros, the end mark of a tar, stands at `offset`."""
+def _has_end_mark(path: Path, offset: int) -> bool:
+    """Check whether the end mark of a tar, a block of zeros, is at `offset`."""
     with path.open("rb") as shard:
         shard.seek(offset)
         return shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
