@@ -205,9 +205,7 @@ def describe(corpus: Corpus, max_faults: int = 10) -> str:
         f"per speaker   {min(counts)} to {max(counts)} utterances, median {statistics.median(counts):g}",
     ]
     if corpus.merged_speakers:
-        lines.append(
-            f"merged        {corpus.merged_speakers} speakers are in several sources; each counts as one person"
-        )
+        lines.append(f"merged        {corpus.merged_speakers} speakers of several sources, each counted as one person")
     if corpus.shared_names:
         lines.append(f"shared names  {corpus.shared_names} utterance names are used by several speakers; ids differ")
     lines += [f"ignored       {n} files {reason}, for example {example}" for n, reason, example in corpus.ignored]
@@ -227,8 +225,8 @@ def files_by_speaker(corpus: Corpus) -> list[Speaker]:
     """Return the speakers sorted by name, each with their files sorted by path and, in a tar shard, by name."""
     speakers = []
     for name, utterances in corpus.speakers.items():
-        sources = sorted((each.source for each in utterances), key=lambda source: (source.path, source.name))
-        files = tuple(source.path if source.size is None else source for source in sources)
+        recordings = sorted((each.recording for each in utterances), key=lambda each: (each.path, each.name))
+        files = tuple(each.path if each.size is None else each for each in recordings)
         speakers.append(Speaker(name, files))
     return speakers
 
