@@ -30,7 +30,7 @@ from onevoice.corpus.listing import list_corpus
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.corpus.packing import pack_corpus
 from onevoice.mixing import render as rendering
-from onevoice.mixing.draw import ChannelStep, Drawer, MixingStep, NoiseStep, ReverbStep
+from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, Planner, ReverbStep
 from onevoice.mixing.render import Renderer
 from onevoice.models import SpExPlusConfig, build_model
 from onevoice.processes import keep_freed_memory
@@ -71,11 +71,11 @@ def examples_per_second(run: Callable[[int], None], examples: int, repeats: int,
     return examples / statistics.median(times[1:])
 
 
-def rendered(drawer: Drawer, batch: int, device: str) -> Callable[[int], None]:
-    renderer = Renderer(drawer, device)
+def rendered(planner: Planner, batch: int, device: str) -> Callable[[int], None]:
+    renderer = Renderer(planner, device)
     return lambda number: (
         [  # four batches, each new
-            renderer(drawer.draw(number, np.arange(k * batch, (k + 1) * batch))) for k in range(4)
+            renderer(planner.draw(number, np.arange(k * batch, (k + 1) * batch))) for k in range(4)
         ]
         and None
     )
@@ -118,18 +118,18 @@ def main() -> None:
         trials = TrialDataset(find_trials(Path(folder) / "trials"), RATE)
         count = 4 * options.batch
 
-        def rate(drawer: Drawer, device: str = "cpu") -> float:
-            return examples_per_second(rendered(drawer, options.batch, device), count, options.repeats, device)
+        def rate(planner: Planner, device: str = "cpu") -> float:
+            return examples_per_second(rendered(planner, options.batch, device), count, options.repeats, device)
 
         def read(number: int) -> None:
             collate([trials[number, k] for k in range(16)])
 
         rates = {"triples from disk": examples_per_second(read, 16, options.repeats, "cpu")}
-        rates["mixing"] = rate(Drawer(speech, mixing))
+        rates["mixing"] = rate(Planner(speech, mixing))
         for name, step in steps.items():
-            rates[f"mixing + {name}"] = rate(Drawer(speech, mixing, **step))
+            rates[f"mixing + {name}"] = rate(Planner(speech, mixing, **step))
         with mock.patch.object(rendering, "fetch", by_indexing):
-            rates[f"mixing, by indexing on {options.device}"] = rate(Drawer(speech, mixing), options.device)
+            rates[f"mixing, by indexing on {options.device}"] = rate(Planner(speech, mixing), options.device)
     torch.set_num_threads(2)
     size = options.step_batch
     consumed = examples_per_second(

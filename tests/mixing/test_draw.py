@@ -20,7 +20,7 @@ from onevoice.corpus.packing import pack_corpus
 from onevoice.errors import ConfigError, CorpusError
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.mixing import render as rendering
-from onevoice.mixing.draw import ChannelStep, Drawer, MixingStep, NoiseStep, Plan, ReverbStep, distinct_speakers
+from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, Plan, Planner, ReverbStep, distinct_speakers
 from onevoice.mixing.render import Renderer, fetch, fetch_repeated, gather, mu_law
 from onevoice.rng import uniform
 from onevoice.training.run import Trainer, train
@@ -56,11 +56,11 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackedCorpus]:
     }
 
 
-def drawer(packs: dict[str, PackedCorpus], *, seed: int = 0, **steps: Any) -> Drawer:
+def planner(packs: dict[str, PackedCorpus], *, seed: int = 0, **steps: Any) -> Planner:
     noise = (NoiseStep(pack="", snr_db=(3.0, 12.0)), packs["noise"]) if steps.pop("noise", False) else None
     rooms = (ReverbStep(pack="", early_seconds=0.01), packs["rooms"]) if steps.pop("reverb", False) else None
     channel = ChannelStep(probability=1.0, high_cut_hz=(2000, 3500)) if steps.pop("channel", False) else None
-    return Drawer(packs["speech"], replace(MIXING, **steps), noise, rooms, channel, seed)
+    return Planner(packs["speech"], replace(MIXING, **steps), noise, rooms, channel, seed)
 
 
 def flat(plan: Plan) -> dict[str, np.ndarray]:
@@ -123,7 +123,7 @@ def test_speakers_are_distinct_persons_and_all_equally_likely() -> None:
 @given(st.integers(0, 1000), st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
 @settings(max_examples=25, deadline=None)
 def test_a_trial_does_not_depend_on_its_batch(packs: dict[str, PackedCorpus], epoch: int, index: list[int]) -> None:
-    draw = drawer(packs, noise=True, reverb=True, channel=True, absent=0.3, alone=0.3)
+    draw = planner(packs, noise=True, reverb=True, channel=True, absent=0.3, alone=0.3)
     together, alone = flat(draw.draw(epoch, np.array(index))), flat(draw.draw(epoch, np.array(index[-1:])))
     for name, values in together.items():
         np.testing.assert_array_equal(values[-1:], alone[name], err_msg=name)
@@ -132,7 +132,7 @@ def test_a_trial_does_not_depend_on_its_batch(packs: dict[str, PackedCorpus], ep
 @pytest.mark.parametrize("step", ["noise", "reverb", "channel"])
 def test_adding_a_step_leaves_the_other_draws_as_they_were(packs: dict[str, PackedCorpus], step: str) -> None:
     index = np.arange(50)
-    without, with_step = (flat(drawer(packs, **{step: on}).draw(0, index)) for on in (False, True))
+    without, with_step = (flat(planner(packs, **{step: on}).draw(0, index)) for on in (False, True))
     assert len(with_step) > len(without)
     for name, values in without.items():
         np.testing.assert_array_equal(values, with_step[name], err_msg=name)
@@ -140,14 +140,14 @@ def test_adding_a_step_leaves_the_other_draws_as_they_were(packs: dict[str, Pack
 
 def test_changing_a_range_moves_that_draw_alone(packs: dict[str, PackedCorpus]) -> None:
     index = np.arange(50)
-    before, after = (flat(drawer(packs, snr_db=bounds).draw(0, index)) for bounds in ((-5.0, 5.0), (0.0, 1.0)))
+    before, after = (flat(planner(packs, snr_db=bounds).draw(0, index)) for bounds in ((-5.0, 5.0), (0.0, 1.0)))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"plan.snr_db"}
 
 
 def test_targets_and_enrollments_never_share_a_sample(packs: dict[str, PackedCorpus]) -> None:
     speech = packs["speech"]
-    plan = drawer(packs).draw(0, np.arange(3000))
+    plan = planner(packs).draw(0, np.arange(3000))
     target, ref = plan.target, plan.enrollment
     np.testing.assert_array_equal(speech.speaker[target.utterance], speech.speaker[ref.utterance])
     np.testing.assert_array_equal(speech.speaker[target.utterance], plan.speaker)
@@ -162,13 +162,33 @@ def test_targets_and_enrollments_never_share_a_sample(packs: dict[str, PackedCor
         assert (part.start + part.length <= speech.length[part.utterance]).all()
         assert (part.length > 0).all()
     for part in (target, *plan.interferers):
-        assert (part.place + part.length <= round(0.8 * RATE)).all()
+        assert (part.position + part.length <= round(0.8 * RATE)).all()
     assert (speech.speaker[plan.interferers[0].utterance] != plan.speaker).all()
+
+
+def test_the_halves_of_a_single_utterance(packs: dict[str, PackedCorpus]) -> None:
+    """The third number of the stream "enrollment" says which half is the target; the other half is the enrollment."""
+    speech, index = packs["speech"], np.arange(3000)
+    plan = planner(packs, seed=4).draw(1, index)
+    target, ref = plan.target, plan.enrollment
+    single = target.utterance == ref.utterance
+    half = speech.length[target.utterance] // 2
+    from_second_half = uniform(4, "dynamic", "enrollment", 1, index=index, count=3)[:, 2] < 0.5
+    assert from_second_half[single].mean() == pytest.approx(0.5, abs=0.1)
+    for part, second in ((target, from_second_half), (ref, ~from_second_half)):
+        first_only, second_only = single & ~second, single & second
+        assert (part.start[second_only] >= half[second_only]).all()
+        assert ((part.start + part.length)[first_only] <= half[first_only]).all()
+    # Speakers with several utterances use the whole of each.
+    ends = (target.start + target.length)[~single]
+    assert (target.start[~single] < half[~single]).any()
+    assert (ends > half[~single]).any()
+    assert (ends == speech.length[target.utterance][~single]).any()
 
 
 def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> None:
     speech = packs["speech"]
-    plan = drawer(packs, absent=0.2, alone=0.3, interferers=(1, 2)).draw(0, np.arange(4000))
+    plan = planner(packs, absent=0.2, alone=0.3, interferers=(1, 2)).draw(0, np.arange(4000))
     assert plan.absent.mean() == pytest.approx(0.2, abs=0.03)
     assert (~plan.interferer_on[:, 0]).mean() == pytest.approx(0.3, abs=0.03)
     assert plan.interferer_on[:, 1].mean() == pytest.approx(0.35, abs=0.03)
@@ -182,35 +202,35 @@ def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> No
 def test_too_few_people(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
     make_corpus(tmp_path / "two", speakers=2, utterances=2, seconds=1.0)
     two = pack_corpus(list_corpus([tmp_path / "two"]), tmp_path / "pack", sample_rate=RATE)
-    Drawer(two, MIXING)
-    with pytest.raises(CorpusError, match=r"holds 2 people with utterances of 0\.3 s or more; such mixtures need 3"):
-        Drawer(two, replace(MIXING, absent=0.1))
+    Planner(two, MIXING)
+    with pytest.raises(CorpusError, match=r"has 2 people with utterances of 0\.3 s or more; these mixtures need 3"):
+        Planner(two, replace(MIXING, absent=0.1))
 
 
 def test_short_utterances_are_not_used(packs: dict[str, PackedCorpus]) -> None:
-    """The voice with 0.6 s goes at a least of 1 s, the single utterance of 2.5 s at 1.3 s, as its half is less."""
+    """A minimum of 1 s drops the voice with 0.6 s, and 1.3 s the single utterance of 2.5 s: its halves are shorter."""
     speech = packs["speech"]
-    for least, gone in ((0.3, set()), (1.0, {"short"}), (1.3, {"short", "single"})):
-        plan = drawer(packs, min_utterance_seconds=least, absent=0.2).draw(0, np.arange(2000))
+    for minimum, gone in ((0.3, set()), (1.0, {"short"}), (1.3, {"short", "single"})):
+        plan = planner(packs, min_utterance_seconds=minimum, absent=0.2).draw(0, np.arange(2000))
         used = {
             speech.speakers[speech.speaker[u]]
             for u in np.concatenate([plan.target.utterance, plan.enrollment.utterance])
         }
         assert used == set(speech.speakers) - gone
         for part in (plan.target, plan.enrollment, *plan.interferers):
-            assert speech.length[part.utterance].min() >= least * RATE
+            assert speech.length[part.utterance].min() >= minimum * RATE
 
 
 def test_voices_of_a_room_have_places_of_their_own_and_the_enrollment_another_room(
     packs: dict[str, PackedCorpus],
 ) -> None:
     rooms = packs["rooms"]
-    responses = drawer(packs, reverb=True, interferers=(1, 2)).draw(0, np.arange(2000)).rooms.responses
+    responses = planner(packs, reverb=True, interferers=(1, 2)).draw(0, np.arange(2000)).rooms.responses
     voices, enrolled = responses[:, :3], responses[:, 3]
     assert all(len(set(row)) == 3 for row in voices.tolist())
     assert (rooms.speaker[voices] == rooms.speaker[voices[:, :1]]).all()
     assert (rooms.speaker[enrolled] != rooms.speaker[voices[:, 0]]).all()
-    assert np.bincount(voices[:, 1], minlength=8).min() > 150  # 250 each, were they all the same
+    assert np.bincount(voices[:, 1], minlength=8).min() > 150  # 250 each if they are all equally likely
 
 
 @pytest.mark.parametrize(
@@ -220,7 +240,7 @@ def test_voices_of_a_room_have_places_of_their_own_and_the_enrollment_another_ro
         ({"enrollment_seconds": [5.0, 2.0]}, "enrollment_seconds: the lowest value 5 is above the highest 2"),
         ({"segment_seconds": 0.00001}, "segment_seconds: "),
         ({"interferers": [2, 1]}, "interferers: the lowest value 2 is above the highest 1"),
-        ({"absent": 0.8, "alone": 0.8}, r"absent \+ alone must not pass 1"),
+        ({"absent": 0.8, "alone": 0.8}, r"absent \+ alone is 1\.6 and must not exceed 1"),
         ({"snr_db": [1e9, 1e9]}, "snr_db.0: "),
     ],
 )
@@ -233,11 +253,11 @@ def test_ranges_are_checked(change: dict[str, Any], message: str) -> None:
 
 
 def plain(plan: Plan, row: int, speech: PackedCorpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The law of mixing and levels in float64, one trial at a time."""
+    """Mixing and levels in float64, one trial at a time."""
 
     def stretch(part: Any, size: int) -> np.ndarray:
         out = np.zeros(size)
-        at, length = part.place[row], part.length[row]
+        at, length = part.position[row], part.length[row]
         out[at : at + length] = speech.crop(part.utterance[row], part.start[row], length)
         return out
 
@@ -268,7 +288,7 @@ def test_the_batch_equals_a_plain_rendering(
             "fetch",
             lambda s, offset, length, place, size: gather(s, offset - place, place, place + length, size),
         )
-    draw = drawer(packs, interferers=(1, 2), absent=0.2, alone=0.2)
+    draw = planner(packs, interferers=(1, 2), absent=0.2, alone=0.2)
     plan = draw.draw(3, np.arange(40))
     sound = Renderer(draw)(plan)
     for row in range(40):
@@ -281,8 +301,21 @@ def test_the_batch_equals_a_plain_rendering(
     np.testing.assert_array_equal(sound.speaker.numpy(), plan.speaker)
 
 
+def test_loud_levels_stop_at_a_peak_of_0_9(packs: dict[str, PackedCorpus]) -> None:
+    """At a high SNR the higher peak is that of the mixture in some trials and that of the target in others."""
+    planned = planner(packs, mixture_dbfs=(-3.0, -1.0), enrollment_dbfs=(-3.0, -1.0), snr_db=(15.0, 20.0))
+    plan = planned.draw(0, np.arange(40))
+    sound = Renderer(planned)(plan)
+    peaks = torch.maximum(sound.audio.abs().amax(1), sound.target.abs().amax(1))
+    torch.testing.assert_close(peaks, torch.full((40,), 0.9))
+    torch.testing.assert_close(sound.ref.abs().amax(1), torch.full((40,), 0.9))
+    for row in range(40):
+        for ours, expected in zip((sound.audio, sound.target), plain(plan, row, packs["speech"]), strict=False):
+            np.testing.assert_allclose(ours[row].numpy(), expected, atol=1e-5)
+
+
 def test_measured_snr_and_levels_are_those_asked(packs: dict[str, PackedCorpus]) -> None:
-    draw = drawer(packs)
+    draw = planner(packs)
     plan = draw.draw(0, np.arange(60))
     sound = Renderer(draw)(plan)
     rest = (sound.audio - sound.target).double()
@@ -296,7 +329,7 @@ def test_measured_snr_and_levels_are_those_asked(packs: dict[str, PackedCorpus])
 
 
 def test_noise_stands_below_the_voices_as_asked(packs: dict[str, PackedCorpus]) -> None:
-    quiet, noisy = drawer(packs), drawer(packs, noise=True)
+    quiet, noisy = planner(packs), planner(packs, noise=True)
     plan = noisy.draw(0, np.arange(30))
     voices, sound = Renderer(quiet)(plan._replace(noise=None)), Renderer(noisy)(plan)
     scale = (sound.target.square().sum(1) / voices.target.square().sum(1)).sqrt()[:, None]
@@ -321,14 +354,14 @@ def test_fetching_by_slices_and_by_indices_is_the_same() -> None:
 
 def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus]) -> None:
     """Against np.convolve: direct sound first, target with the first 10 ms only, mixture with the whole response."""
-    dry_drawer, draw = drawer(packs), drawer(packs, reverb=True, alone=1.0)
+    dry_planner, draw = planner(packs), planner(packs, reverb=True, alone=1.0)
     plan = draw.draw(0, np.arange(12))
     sound = Renderer(draw)(plan)
     rooms, speech = packs["rooms"], packs["speech"]
     for row in range(12):
-        dry = np.zeros(dry_drawer.segment)
+        dry = np.zeros(dry_planner.segment)
         part = plan.target
-        dry[part.place[row] : part.place[row] + part.length[row]] = speech.crop(
+        dry[part.position[row] : part.position[row] + part.length[row]] = speech.crop(
             part.utterance[row], part.start[row], part.length[row]
         )
         response = rooms.read(plan.rooms.responses[row, 0]).astype(float)
@@ -341,7 +374,7 @@ def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus])
 
 
 def test_the_channel_cuts_where_it_says(packs: dict[str, PackedCorpus]) -> None:
-    draw = drawer(packs, channel=True)
+    draw = planner(packs, channel=True)
     renderer, plan = Renderer(draw), draw.draw(0, np.arange(4))
     time = torch.arange(RATE) / RATE
     flat_channel = plan.channel._replace(

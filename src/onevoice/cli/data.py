@@ -226,13 +226,13 @@ def rooms(
         workers: Number of processes; by default one per core.
     """
     from onevoice.config import from_dict
-    from onevoice.mixing.rooms import RoomLaw, simulate_rooms
+    from onevoice.mixing.rooms import RoomConfig, simulate_rooms
 
     if count < 1:
         raise ConfigError(f"count: {count} rooms are too few; ask for at least 1")
     options = {"sample_rate": sample_rate, "talkers": talkers, "reverberation_seconds": list(t60)}
-    law = from_dict(RoomLaw, options, name="options")
-    simulate_rooms(law, out, count, seed, workers or os.cpu_count() or 1)
+    config = from_dict(RoomConfig, options, name="options")
+    simulate_rooms(config, out, count, seed, workers or os.cpu_count() or 1)
     print(f"{count} rooms in {out}; pack them with: onevoice corpus pack {out} PACK --keep-mean")
 
 

@@ -1,5 +1,5 @@
-"""Trials we make: who speaks with whom, at which level, in which room, as files or as batches of tensors.
+"""Trials we make: who speaks with whom, at which level, in which room.
 
 In: speakers with their files, or packs. Out: a folder of trials (`generator`), or batches drawn at every step
-(`draw`, `render`). This room does not know networks, training, or data sets that others mixed.
+(`draw`, `render`). This room must not know networks, training, or the data sets of others.
 """

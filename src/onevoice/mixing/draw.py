@@ -1,8 +1,8 @@
-"""Mixtures drawn anew at every step: what chance decides, for a whole batch at once, as plain numbers.
+"""Mixtures drawn at every step of training: the random numbers of a whole batch, without any sound.
 
-A trial is a function of (seed, epoch, index) alone. Each step of the law draws from a stream of its own, so that
-switching one on leaves the draws of all others as they were; batch size, workers, device and resuming do not enter.
-`onevoice.mixing.render` turns the numbers into sound, the same on any device.
+A trial is a function of (seed, epoch, index) alone. Each part of a trial (kind, speakers, levels, noise, room, ...)
+draws from its own stream, so that switching one on does not change the draws of the others. Batch size, workers, device
+and resuming do not matter. `onevoice.mixing.render` turns the numbers into sound.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,11 @@ from onevoice.errors import CorpusError
 from onevoice.rng import uniform
 from onevoice.units import to_samples
 
-Level = Annotated[float, Field(ge=-100, le=100)]
-LevelRange = Annotated[tuple[Level, Level], AfterValidator(require_rising)]
+LevelDb = Annotated[float, Field(ge=-100, le=100)]
+LevelRange = Annotated[tuple[LevelDb, LevelDb], AfterValidator(require_rising)]
 """Lowest and highest value in dB of a uniform draw."""
-Seconds = Annotated[float, Field(ge=0.1, le=60)]
-Number = Annotated[int, Field(ge=1, le=2)]
-Range = tuple[float, float]
+ExcerptSeconds = Annotated[float, Field(ge=0.1, le=60)]
+InterfererCount = Annotated[int, Field(ge=1, le=2)]
 
 Indices = Int[np.ndarray, " batch"]
 Values = Float[np.ndarray, " batch"]
@@ -32,26 +31,32 @@ Values = Float[np.ndarray, " batch"]
 
 @dataclass(frozen=True, config=STRICT)
 class NoiseStep:
-    """Add a stretch of a noise recording; short ones are repeated."""
+    """Add an excerpt of a noise recording; short recordings are repeated."""
 
     pack: str
+    """A folder of packed noise, written by `onevoice corpus pack --layout flat`."""
     probability: Fraction = 1.0
+    """Probability that a mixture has noise."""
     snr_db: LevelRange = (0.0, 20.0)
-    """Level of the voices above the noise."""
+    """Range of the level of all voices together above the noise, in dB by energy."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ReverbStep:
-    """Put every voice into a room: a response each, drawn from one folder (room) of the pack without repeating.
+    """Put the voices of a mixture into one room, each at another place.
 
-    The target of training is its direct sound with the reflections of the first `early_seconds`.
+    A room is a speaker folder of the pack, a place one of its responses. The target of training is the direct sound
+    with the reflections of the first `early_seconds`.
     """
 
     pack: str
+    """A folder of packed room responses, written by `onevoice corpus pack --keep-mean`."""
     probability: Fraction = 1.0
+    """Probability that a mixture is in a room."""
     early_seconds: PositiveFloat = 0.05
+    """Reflections up to this many seconds after the direct sound belong to the target."""
     enrollment_probability: Fraction = 0.0
-    """How often the enrollment, too, is heard in a room: another one, where the pack has several."""
+    """Probability that the enrollment is in a room too; it is another room if the pack has several."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,69 +64,74 @@ class ChannelStep:
     """Give the enrollment another channel than the mixture: band limits, a spectral tilt, a telephone codec."""
 
     probability: Fraction = 0.5
+    """Probability that an enrollment passes a channel."""
     low_cut_hz: PositiveRange = (20.0, 300.0)
+    """Range of the lower band limit in Hz, where the level has dropped by 3 dB."""
     high_cut_hz: PositiveRange = (3000.0, 8000.0)
+    """Range of the upper band limit in Hz, where the level has dropped by 3 dB."""
     tilt_db_per_octave: LevelRange = (-3.0, 3.0)
+    """Range of the spectral tilt in dB per octave; positive makes high frequencies louder. It is 0 dB at 1 kHz."""
     codec_probability: Fraction = 0.0
-    """How often the samples pass 8-bit mu-law (ITU-T G.711)."""
+    """Probability that a channel includes 8-bit mu-law coding (ITU-T G.711)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class MixingStep:
-    """How the voices of a mixture stand to each other, in time and level."""
+    """The voices of a mixture: how many, how long, at which levels."""
 
-    segment_seconds: Seconds = 4.0
-    """Length of every mixture; shorter utterances lie somewhere in it."""
-    enrollment_seconds: Annotated[tuple[Seconds, Seconds], AfterValidator(require_rising)] = (3.0, 10.0)
-    """Length of an enrollment, as far as its utterance goes."""
+    segment_seconds: ExcerptSeconds = 4.0
+    """Length of every mixture in seconds; a shorter utterance is placed at random in it, with silence around it."""
+    enrollment_seconds: Annotated[tuple[ExcerptSeconds, ExcerptSeconds], AfterValidator(require_rising)] = (3.0, 10.0)
+    """Range of the length of an enrollment in seconds; a shorter utterance is used whole."""
     min_utterance_seconds: NonNegativeFloat = 1.0
-    """Shorter utterances are not used (twice that for a speaker with a single one, which is halved)."""
-    interferers: Annotated[tuple[Number, Number], AfterValidator(require_rising)] = (1, 1)
-    """Fewest and most interfering speakers."""
+    """Shorter utterances are not used; the only utterance of a speaker is cut in half and needs twice this length."""
+    interferers: Annotated[tuple[InterfererCount, InterfererCount], AfterValidator(require_rising)] = (1, 1)
+    """Lowest and highest number of interferers, 1 or 2."""
     snr_db: LevelRange = (-5.0, 5.0)
-    """Level of the target above each interferer, by energy over the segment."""
+    """Range of the level of the target above each interferer, in dB by energy over the segment."""
     mixture_dbfs: LevelRange = (-35.0, -20.0)
-    """RMS level of the mixture; less where a peak would pass 0.9."""
+    """Range of the RMS level of the mixture in dBFS; the level is lower if a peak would exceed 0.9."""
     enrollment_dbfs: LevelRange = (-35.0, -20.0)
+    """Range of the RMS level of the enrollment in dBFS; the level is lower if a peak would exceed 0.9."""
     absent: Fraction = 0.0
-    """How often the enrollment is a third speaker's, and the target silence."""
+    """Share of trials with the enrollment of a speaker who is not in the mixture; their target is silence."""
     alone: Fraction = 0.0
-    """How often there is no interferer."""
+    """Share of trials without interferers."""
 
     def __post_init__(self) -> None:
-        """Check that the kinds of trial leave room for each other."""
+        """Check that the shares of both kinds of trial fit together."""
         if self.absent + self.alone > 1:
-            raise ValueError(f"absent + alone must not pass 1, and are {self.absent + self.alone:g}")
+            raise ValueError(f"absent + alone is {self.absent + self.alone:g} and must not exceed 1")
 
 
-class Part(NamedTuple):
-    """A stretch of an utterance for each trial: it lies in the signal from `place` on, zeros around it."""
+class Excerpts(NamedTuple):
+    """An excerpt of an utterance for each trial, placed from sample `position` on in a signal of zeros."""
 
     utterance: Indices
     start: Indices
     length: Indices
-    place: Indices
+    position: Indices
 
 
-class Noise(NamedTuple):
-    """A noise for each trial; `on` is False where there is none."""
+class NoisePlan(NamedTuple):
+    """The noise of each trial: a recording, where it starts, its level. `on` is False for trials without noise."""
 
     on: Bool[np.ndarray, " batch"]
-    clip: Indices
+    recording: Indices
     start: Indices
     snr_db: Values
 
 
-class Rooms(NamedTuple):
-    """A room response for each voice of each trial: target, interferers, enrollment."""
+class RoomPlan(NamedTuple):
+    """The room response of each voice of each trial: target, interferers, enrollment."""
 
     on: Bool[np.ndarray, " batch"]
     enrollment_on: Bool[np.ndarray, " batch"]
     responses: Int[np.ndarray, "batch voices"]
 
 
-class Channel(NamedTuple):
-    """A channel for the enrollment of each trial."""
+class ChannelPlan(NamedTuple):
+    """The channel of the enrollment of each trial."""
 
     on: Bool[np.ndarray, " batch"]
     codec: Bool[np.ndarray, " batch"]
@@ -131,25 +141,28 @@ class Channel(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All numbers of a batch of trials."""
+    """All random numbers of a batch of trials."""
 
     speaker: Indices
-    """Whose voice the enrollment is; the speaker for the classifier."""
-    target: Part
-    interferers: tuple[Part, ...]
+    """The speaker of the enrollment, who is the class for the speaker classifier."""
+    target: Excerpts
+    interferers: tuple[Excerpts, ...]
     interferer_on: Bool[np.ndarray, "batch interferers"]
     snr_db: Float[np.ndarray, "batch interferers"]
-    enrollment: Part
+    enrollment: Excerpts
     absent: Bool[np.ndarray, " batch"]
     mixture_dbfs: Values
     enrollment_dbfs: Values
-    noise: Noise | None
-    rooms: Rooms | None
-    channel: Channel | None
+    noise: NoisePlan | None
+    rooms: RoomPlan | None
+    channel: ChannelPlan | None
 
 
-class Drawer:
-    """Draws plans from packed corpora."""
+class Planner:
+    """Draws the plans of batches from packed corpora.
+
+    Raises `CorpusError` when the speech has too few people with utterances that are long enough.
+    """
 
     def __init__(
         self,
@@ -163,26 +176,31 @@ class Drawer:
         self.speech, self.mixing, self.noise, self.reverb, self.channel = speech, mixing, noise, reverb, channel
         self.seed = seed
         self.segment = to_samples(mixing.segment_seconds, speech.sample_rate)
-        self._choose(to_samples(mixing.min_utterance_seconds, speech.sample_rate))
-        people, fewest = len(np.unique(self.base)), mixing.interferers[1] + 1 + (mixing.absent > 0)
-        if people < fewest:
+        self._select_utterances(to_samples(mixing.min_utterance_seconds, speech.sample_rate))
+        people, needed = len(np.unique(self.person)), mixing.interferers[1] + 1 + (mixing.absent > 0)
+        if people < needed:
             raise CorpusError(
-                f"{speech.path}: holds {people} people with utterances of {mixing.min_utterance_seconds:g} s or more; "
-                f"such mixtures need {fewest}"
+                f"{speech.path}: has {people} people with utterances of {mixing.min_utterance_seconds:g} s or more; "
+                f"these mixtures need {needed}; add speech, or lower min_utterance_seconds"
             )
 
-    def _choose(self, least: int) -> None:
-        """Set the utterances of at least `least` samples, where those of each speaker begin, and who has any."""
+    def _select_utterances(self, min_length: int) -> None:
+        """Select the utterances that are long enough and number them by speaker.
+
+        `utterances` lists them; those of speaker s are at `start[s]` up to `start[s + 1]`. `speakers` are the speakers
+        who have any, and `person` numbers the persons behind them.
+        """
         speech = self.speech
-        long_enough = speech.length >= least
+        long_enough = speech.length >= min_length
         count = np.bincount(speech.speaker[long_enough], minlength=len(speech.speakers))
-        halved = (count == 1)[speech.speaker]  # the only one of its speaker must serve for target and enrollment
-        long_enough &= ~halved | (speech.length >= 2 * least)
+        # The only utterance of a speaker is both target and enrollment: each half must be long enough.
+        halved = (count == 1)[speech.speaker]
+        long_enough &= ~halved | (speech.length >= 2 * min_length)
         self.utterances = np.flatnonzero(long_enough)
         count = np.bincount(speech.speaker[long_enough], minlength=len(speech.speakers))
         self.start = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
         self.speakers = np.flatnonzero(count)
-        self.base = np.unique(speech.person_of_speaker[self.speakers], return_inverse=True)[1].astype(np.int64)
+        self.person = np.unique(speech.person_of_speaker[self.speakers], return_inverse=True)[1].astype(np.int64)
 
     def draw(self, epoch: int, index: Indices) -> Plan:
         """Return the plan of the trials `index` of an epoch."""
@@ -191,110 +209,118 @@ class Drawer:
         def stream(step: str, count: int) -> Float[np.ndarray, "batch count"]:
             return uniform(self.seed, "dynamic", step, epoch, index=index, count=count)
 
+        # The kind of each trial: absent from the low end of [0, 1), alone from the high end.
         kinds, counts, levels, snrs = (stream(s, n) for s, n in (("kind", 1), ("count", 1), ("level", 2), ("snr", 2)))
         absent = kinds[:, 0] < mixing.absent
         alone = ~absent & (kinds[:, 0] >= 1 - mixing.alone)
-        fewest, most = mixing.interferers
-        how_many = np.where(alone, 0, fewest + (counts[:, 0] * (most - fewest + 1)).astype(np.int64))
-        voices = self.speakers[distinct_speakers(stream("speaker", most + 2), self.base)]
-        utterances = stream("utterance", most + 2)
-        crops = stream("crop", 2 * (most + 1))
+        lowest, highest = mixing.interferers
+        interferers_on = np.where(alone, 0, lowest + (counts[:, 0] * (highest - lowest + 1)).astype(np.int64))
+        # Different people for target, interferers and, last, the enrollment of absent trials.
+        voices = self.speakers[distinct_speakers(stream("speaker", highest + 2), self.person)]
+        utterances = stream("utterance", highest + 2)
+        crops = stream("crop", 2 * (highest + 1))
         target, enrollment = self._target_and_enrollment(
             voices[:, 0], utterances[:, 0], utterances[:, 1], crops, stream("enrollment", 3)
         )
         third = self._third_speaker(voices[:, -1], stream("absent", 4))
-        enrollment = Part(*(np.where(absent, b, a) for a, b in zip(enrollment, third, strict=True)))
+        enrollment = Excerpts(*(np.where(absent, b, a) for a, b in zip(enrollment, third, strict=True)))
         interferers = tuple(
             self._segment(
                 self._utterance(voices[:, 1 + k], utterances[:, 2 + k]), crops[:, 2 * (k + 1)], crops[:, 2 * k + 3]
             )
-            for k in range(most)
+            for k in range(highest)
         )
         return Plan(
             speaker=np.where(absent, voices[:, -1], voices[:, 0]),
             target=target,
             interferers=interferers,
-            interferer_on=np.arange(most) < how_many[:, None],
-            snr_db=_within(snrs[:, :most], mixing.snr_db),
+            interferer_on=np.arange(highest) < interferers_on[:, None],
+            snr_db=_in_range(snrs[:, :highest], mixing.snr_db),
             enrollment=enrollment,
             absent=absent,
-            mixture_dbfs=_within(levels[:, 0], mixing.mixture_dbfs),
-            enrollment_dbfs=_within(levels[:, 1], mixing.enrollment_dbfs),
+            mixture_dbfs=_in_range(levels[:, 0], mixing.mixture_dbfs),
+            enrollment_dbfs=_in_range(levels[:, 1], mixing.enrollment_dbfs),
             noise=None if self.noise is None else self._draw_noise(*self.noise, stream("noise", 5)),
             rooms=None if self.reverb is None else self._draw_rooms(*self.reverb, stream),
             channel=None if self.channel is None else _draw_channel(self.channel, stream("channel", 5)),
         )
 
     def _target_and_enrollment(
-        self, speaker: Indices, pick: Values, other: Values, crops: Float[np.ndarray, "batch crops"],
-        part: Float[np.ndarray, "batch 3"],
-    ) -> tuple[Part, Part]:  # fmt: skip
-        """Draw two utterances of a speaker; of a single one, a stretch of one half and a stretch of the other."""
+        self, speaker: Indices, first_pick: Values, second_pick: Values, crops: Float[np.ndarray, "batch crops"],
+        draws: Float[np.ndarray, "batch 3"],
+    ) -> tuple[Excerpts, Excerpts]:  # fmt: skip
+        """Draw two utterances of each speaker; if there is only one, its two halves."""
         speech = self.speech
+        # One utterance, and another by a step of 1 to count − 1 around the circle of the speaker's utterances.
         first = self.start[speaker]
         count = self.start[speaker + 1] - first
-        number = (pick * count).astype(np.int64)
-        next_number = (number + 1 + (other * np.maximum(count - 1, 1)).astype(np.int64)) % count
-        target, enrollment = self.utterances[first + number], self.utterances[first + next_number]
+        number = (first_pick * count).astype(np.int64)
+        other = (number + 1 + (second_pick * np.maximum(count - 1, 1)).astype(np.int64)) % count
+        target, enrollment = self.utterances[first + number], self.utterances[first + other]
+        # With a single utterance both are the same one: the target comes from one half, the enrollment from the other.
         single = count == 1
         half = speech.length[target] // 2
-        back = single & (part[:, 2] < 0.5)  # which half the target is cut from
-        begin = np.where(back, half, 0)
-        end = np.where(single & ~back, half, speech.length[target])
-        other_begin = np.where(single & ~back, half, 0)
-        other_end = np.where(back, half, speech.length[enrollment])
+        second_half = single & (draws[:, 2] < 0.5)
+        first_half = single & ~second_half
+        target_begin = np.where(second_half, half, 0)
+        target_end = np.where(first_half, half, speech.length[target])
+        enrollment_begin = np.where(first_half, half, 0)
+        enrollment_end = np.where(second_half, half, speech.length[enrollment])
         return (
-            self._segment(target, crops[:, 0], crops[:, 1], begin, end),
-            self._enrollment(enrollment, part[:, 0], part[:, 1], other_begin, other_end),
+            self._segment(target, crops[:, 0], crops[:, 1], target_begin, target_end),
+            self._enrollment(enrollment, draws[:, 0], draws[:, 1], enrollment_begin, enrollment_end),
         )
 
-    def _third_speaker(self, speaker: Indices, draws: Float[np.ndarray, "batch 4"]) -> Part:
+    def _third_speaker(self, speaker: Indices, draws: Float[np.ndarray, "batch 4"]) -> Excerpts:
         utterance = self._utterance(speaker, draws[:, 0])
         return self._enrollment(
             utterance, draws[:, 1], draws[:, 2], np.zeros_like(utterance), self.speech.length[utterance]
         )
 
     def _utterance(self, speaker: Indices, draw: Values) -> Indices:
-        """Return one of the utterances chosen for each speaker."""
+        """Return one of the selected utterances of each speaker."""
         first, after = self.start[speaker], self.start[speaker + 1]
         utterance: np.ndarray = self.utterances[first + (draw * (after - first)).astype(np.int64)]
         return utterance
 
     def _segment(
         self, utterance: Indices, where: Values, place: Values, begin: Indices | None = None, end: Indices | None = None
-    ) -> Part:
-        """Cut a segment from [begin, end) of each utterance; what is shorter is laid somewhere into the segment."""
+    ) -> Excerpts:
+        """Cut a segment from [begin, end) of each utterance; a shorter one gets a random position in the segment."""
         begin = np.zeros_like(utterance) if begin is None else begin
         available = (self.speech.length[utterance] if end is None else end) - begin
         length = np.minimum(available, self.segment)
         start = begin + (where * (available - length + 1)).astype(np.int64)
-        return Part(utterance, start, length, (place * (self.segment - length + 1)).astype(np.int64))
+        return Excerpts(utterance, start, length, (place * (self.segment - length + 1)).astype(np.int64))
 
-    def _enrollment(self, utterance: Indices, size: Values, where: Values, begin: Indices, end: Indices) -> Part:
-        wanted = (_within(size, self.mixing.enrollment_seconds) * self.speech.sample_rate).astype(np.int64)
+    def _enrollment(self, utterance: Indices, size: Values, where: Values, begin: Indices, end: Indices) -> Excerpts:
+        """Cut an enrollment of random length from [begin, end) of each utterance."""
+        wanted = (_in_range(size, self.mixing.enrollment_seconds) * self.speech.sample_rate).astype(np.int64)
         length = np.minimum(end - begin, wanted)
         start = begin + (where * (end - begin - length + 1)).astype(np.int64)
-        return Part(utterance, start, length, np.zeros_like(length))
+        return Excerpts(utterance, start, length, np.zeros_like(length))
 
-    def _draw_noise(self, step: NoiseStep, pack: PackedCorpus, draws: Float[np.ndarray, "batch 5"]) -> Noise:
-        clip = _pick(pack, (draws[:, 1] * len(pack.speakers)).astype(np.int64), draws[:, 2])
-        start = (draws[:, 3] * pack.length[clip]).astype(np.int64)
-        return Noise(draws[:, 0] < step.probability, clip, start, _within(draws[:, 4], step.snr_db))
+    def _draw_noise(self, step: NoiseStep, pack: PackedCorpus, draws: Float[np.ndarray, "batch 5"]) -> NoisePlan:
+        recording = _pick(pack, (draws[:, 1] * len(pack.speakers)).astype(np.int64), draws[:, 2])
+        start = (draws[:, 3] * pack.length[recording]).astype(np.int64)
+        return NoisePlan(draws[:, 0] < step.probability, recording, start, _in_range(draws[:, 4], step.snr_db))
 
     def _draw_rooms(
         self, step: ReverbStep, pack: PackedCorpus, stream: Callable[[str, int], Float[np.ndarray, "batch count"]]
-    ) -> Rooms:
+    ) -> RoomPlan:
         draws, rooms = stream("reverb", 5), len(pack.speakers)
         room = (draws[:, 2] * rooms).astype(np.int64)
-        other = (room + 1 + (draws[:, 3] * max(rooms - 1, 1)).astype(np.int64)) % rooms
+        other_room = (room + 1 + (draws[:, 3] * max(rooms - 1, 1)).astype(np.int64)) % rooms
         first, count = pack.speaker_start[room], np.diff(pack.speaker_start)[room]
+        # A random order of the places of each room: sort random keys, with those beyond its last place at the end.
         keys = stream("places", int(np.diff(pack.speaker_start).max()))
         keys = np.where(np.arange(keys.shape[1]) < count[:, None], keys, 1.0)
-        order = np.argsort(keys, axis=1, kind="stable")  # a random order of the places of each room
+        order = np.argsort(keys, axis=1, kind="stable")
+        # The voices take the places in this order, and start again if the room has too few.
         voices = np.arange(1 + self.mixing.interferers[1])
         places = np.take_along_axis(order, voices % count[:, None], axis=1)
-        responses = np.column_stack([first[:, None] + places, _pick(pack, other, draws[:, 4])])
-        return Rooms(draws[:, 0] < step.probability, draws[:, 1] < step.enrollment_probability, responses)
+        responses = np.column_stack([first[:, None] + places, _pick(pack, other_room, draws[:, 4])])
+        return RoomPlan(draws[:, 0] < step.probability, draws[:, 1] < step.enrollment_probability, responses)
 
 
 def distinct_speakers(
@@ -302,22 +328,27 @@ def distinct_speakers(
 ) -> Int[np.ndarray, "batch count"]:
     """Return speakers for each row, each uniform over those who are not the same person as an earlier one.
 
-    `person_of_speaker` numbers the persons behind the speakers, who come one after the other. Columns beyond the
-    number of persons repeat some.
+    `person_of_speaker` numbers the persons behind the speakers in rising order, so the speakers of a person are a block
+    of consecutive numbers. Columns beyond the number of persons repeat some.
     """
     first = np.searchsorted(person_of_speaker, np.arange(person_of_speaker[-1] + 2))
     chosen: list[Indices] = []
+    # The blocks taken so far in each row: their first speaker and their size.
     taken_first = np.empty((len(draws), 0), dtype=np.int64)
     taken_size = np.empty((len(draws), 0), dtype=np.int64)
     for draw in draws.T:
+        # Draw a number among the speakers who are left.
         left = len(person_of_speaker) - taken_size.sum(axis=1)
         speaker = (draw * left).astype(np.int64)
-        for column in np.argsort(taken_first, axis=1).T:  # step over the people taken, the lowest first
+        # Turn it into a number among all speakers: skip each taken block at or before it, the lowest block first.
+        for column in np.argsort(taken_first, axis=1).T:
             block, size = (
                 np.take_along_axis(part, column[:, None], axis=1)[:, 0] for part in (taken_first, taken_size)
             )
             speaker = np.where(speaker >= block, speaker + size, speaker)
+        # With nobody left the number is too large; wrap around.
         speaker %= len(person_of_speaker)
+        # Take the block of this person.
         person = person_of_speaker[speaker]
         taken_first = np.column_stack([taken_first, first[person]])
         taken_size = np.column_stack([taken_size, first[person + 1] - first[person]])
@@ -326,22 +357,23 @@ def distinct_speakers(
 
 
 def _pick(pack: PackedCorpus, speaker: Indices, draw: Values) -> Indices:
-    """Return one utterance of each speaker."""
+    """Return one utterance of each speaker of a pack."""
     first, after = pack.speaker_start[speaker], pack.speaker_start[speaker + 1]
     utterance: np.ndarray = first + (draw * (after - first)).astype(np.int64)
     return utterance
 
 
-def _draw_channel(step: ChannelStep, draws: Float[np.ndarray, "batch 5"]) -> Channel:
-    return Channel(
+def _draw_channel(step: ChannelStep, draws: Float[np.ndarray, "batch 5"]) -> ChannelPlan:
+    return ChannelPlan(
         on=draws[:, 0] < step.probability,
         codec=draws[:, 1] < step.codec_probability,
-        low_cut_hz=_within(draws[:, 2], step.low_cut_hz),
-        high_cut_hz=_within(draws[:, 3], step.high_cut_hz),
-        tilt_db_per_octave=_within(draws[:, 4], step.tilt_db_per_octave),
+        low_cut_hz=_in_range(draws[:, 2], step.low_cut_hz),
+        high_cut_hz=_in_range(draws[:, 3], step.high_cut_hz),
+        tilt_db_per_octave=_in_range(draws[:, 4], step.tilt_db_per_octave),
     )
 
 
-def _within(draw: Float[np.ndarray, "*any"], bounds: Range) -> Float[np.ndarray, "*any"]:
+def _in_range(draw: Float[np.ndarray, "*any"], bounds: tuple[float, float]) -> Float[np.ndarray, "*any"]:
+    """Scale draws from [0, 1) to a range."""
     value: np.ndarray = bounds[0] + draw * (bounds[1] - bounds[0])
     return value

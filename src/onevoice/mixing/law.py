@@ -31,6 +31,7 @@ UTTERANCE_LUFS = -29.0
 ENROLLMENT_LUFS = -23.0
 MIXTURE_LUFS = -23.0
 MAX_FILE_PEAK = 0.99
+"""The highest peak that the gain of a written file may reach."""
 MIN_ENROLLMENT_SECONDS = 1.0
 MAX_REFERENCES = 10
 """How many utterances are tried as enrollment before the whole trial is drawn again."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.errors import ConfigError
-from onevoice.mixing.draw import Drawer
+from onevoice.mixing.draw import Planner
 from onevoice.mixing.render import Renderer
 from onevoice.processes import ignore_stop_requests, keep_freed_memory
 from onevoice.training.experiment import DataConfig, DynamicTrials
@@ -118,7 +118,7 @@ class DynamicSource(Source):
         share: Share = WHOLE,
     ) -> None:
         speech = _open_pack(trials.pack, sample_rate, "data.train.pack")
-        self.drawer = Drawer(
+        self.planner = Planner(
             speech,
             trials.mixing,
             None if trials.noise is None else (trials.noise, _open_pack(trials.noise.pack, sample_rate, "noise.pack")),
@@ -129,11 +129,11 @@ class DynamicSource(Source):
             seed,
         )
         self.speakers = list(speech.speakers)
-        packs = (speech, *(part[1] for part in (self.drawer.noise, self.drawer.reverb) if part is not None))
+        packs = (speech, *(part[1] for part in (self.planner.noise, self.planner.reverb) if part is not None))
         self.digest = hashlib.sha256(json.dumps([pack.header["sha256"] for pack in packs]).encode()).hexdigest()
         self.data, self.seed, self.device, self.share = data, seed, device, share
         self.steps_per_epoch = max(1, trials.examples_per_epoch // data.batch_size)
-        self.renderer = Renderer(self.drawer, device) if trials.on_device else None
+        self.renderer = Renderer(self.planner, device) if trials.on_device else None
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
         """Give the batches of steps start ≤ step < stop of an epoch."""
@@ -141,29 +141,29 @@ class DynamicSource(Source):
         if self.renderer is not None:
             renderer = self.renderer
             return (
-                draw_batch(self.drawer, renderer, epoch, part_of(np.arange(k * size, (k + 1) * size), self.share))
+                draw_batch(self.planner, renderer, epoch, part_of(np.arange(k * size, (k + 1) * size), self.share))
                 for k in range(start, stop)
             )
         sampler = EpochSampler(stop * size, size, self.seed, epoch, start, shuffle=False, share=self.share)
-        return read_batches(_loader(DynamicDataset(self.drawer), sampler, self.data, self.device))
+        return read_batches(_loader(DynamicDataset(self.planner), sampler, self.data, self.device))
 
 
 class DynamicDataset(Dataset[Any]):
     """Rendered batches for a `DataLoader`; each worker opens the packs itself."""
 
-    def __init__(self, drawer: Drawer) -> None:
-        self.drawer = drawer
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
         self.renderer: Renderer | None = None
 
     def __getitems__(self, keys: Sequence[Key]) -> TrialBatch:
         if self.renderer is None:
-            self.renderer = Renderer(self.drawer)
-        return draw_batch(self.drawer, self.renderer, keys[0][0], np.array([index for _, index in keys]))
+            self.renderer = Renderer(self.planner)
+        return draw_batch(self.planner, self.renderer, keys[0][0], np.array([index for _, index in keys]))
 
 
-def draw_batch(drawer: Drawer, renderer: Renderer, epoch: int, index: np.ndarray) -> TrialBatch:
+def draw_batch(planner: Planner, renderer: Renderer, epoch: int, index: np.ndarray) -> TrialBatch:
     """Draw and render the trials `index` of an epoch."""
-    sound = renderer(drawer.draw(epoch, index))
+    sound = renderer(planner.draw(epoch, index))
     names = [f"trial {number} of epoch {epoch}" for number in index.tolist()]
     return {"audio": sound.audio, "target": sound.target, "ref": sound.ref, "ref_length": sound.ref_length,
             "speaker": sound.speaker, "name": names}  # fmt: skip
