@@ -32,7 +32,7 @@ from onevoice.corpus.packing import pack_corpus
 from onevoice.mixing import render as rendering
 from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, Planner, ReverbStep
 from onevoice.mixing.render import Renderer
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.processes import keep_freed_memory
 from onevoice.training.loss import MultiLoss
 from onevoice.trials.trials import TrialDataset, collate, find_trials
@@ -82,7 +82,7 @@ def rendered(planner: Planner, batch: int, device: str) -> Callable[[int], None]
 
 
 def training_step(batch: int, device: str) -> Callable[[int], None]:
-    model = build_model(SpExPlusConfig(num_classes=1000)).to(device).train()
+    model = SpExPlus(SpExPlusConfig(num_classes=1000)).to(device).train()
     optimizer, loss = torch.optim.Adam(model.parameters()), MultiLoss()
     audio, ref = torch.randn(2, batch, round(SECONDS * RATE), device=device)
     speaker = torch.zeros(batch, dtype=torch.long, device=device)

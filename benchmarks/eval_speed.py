@@ -30,13 +30,13 @@ def main() -> None:
     from onevoice.evaluation.summary import EvaluationConfig, evaluate
     from onevoice.extraction.checkpoint import Card
     from onevoice.extraction.extractor import Extractor
-    from onevoice.models import SpExPlusConfig, build_model
+    from onevoice.models import SpExPlus, SpExPlusConfig
 
     torch.set_num_threads(1)
     config = SpExPlusConfig(
         window_seconds=(0.02, 0.04, 0.08), filters=8, channels=8, hidden=8, blocks=1, stacks=1, speaker_dim=8
     )
-    extractor = Extractor(build_model(config), Card(config))
+    extractor = Extractor(SpExPlus(config), Card(config))
     jobs = sorted(set(options.jobs))
     with tempfile.TemporaryDirectory() as folder:
         make_trials(Path(folder), options.trials, seconds=options.seconds, sample_rate=16000)

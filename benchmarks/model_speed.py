@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from plain_layers import PlainSpExPlus
 
-from onevoice.models import Network, SpExPlusConfig, build_model
+from onevoice.models import Network, SpExPlus, SpExPlusConfig
 from onevoice.processes import keep_freed_memory
 from onevoice.training.loss import MultiLoss
 
@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{'rate':>6}  {'pass':14}{'onevoice':>12}{'plain':>12}{'ratio':>8}   (seconds of audio per second)")
     for rate in (8000, 16000):
         config = SpExPlusConfig(sample_rate=rate)
-        networks: list[Network | PlainSpExPlus] = [build_model(config), PlainSpExPlus(config)]
+        networks: list[Network | PlainSpExPlus] = [SpExPlus(config), PlainSpExPlus(config)]
         networks = [network.to(options.device) for network in networks]
         batch = {k: v.to(options.device) for k, v in batch_of(config, options.batch, options.seconds).items()}
         for name, make in (("forward", forward), ("training step", training_step)):

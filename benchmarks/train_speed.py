@@ -32,7 +32,7 @@ from plain_layers import PlainSpExPlus
 from torch.nn import functional as F
 
 from onevoice.config import load_config
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.processes import keep_freed_memory
 from onevoice.training.experiment import Experiment
 from onevoice.training.loss import MultiLoss
@@ -87,7 +87,7 @@ def step_of(network: torch.nn.Module, batch: Batch, precision: torch.dtype, fuse
 
 
 def runs(config: SpExPlusConfig, batch: Batch, options: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    ours = [build_model(config).to(options.device).train() for _ in range(4)]
+    ours = [SpExPlus(config).to(options.device).train() for _ in range(4)]
     for network in ours[2:]:
         network.compiled = True
     single, half = torch.float32, torch.bfloat16

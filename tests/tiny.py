@@ -14,7 +14,7 @@ import torch
 from onevoice.cli import main
 from onevoice.config import to_dict
 from onevoice.extraction.checkpoint import Card, save_checkpoint
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = SpExPlusConfig(
@@ -28,7 +28,7 @@ def save_tiny(path: Path, config: SpExPlusConfig = TINY) -> Path:
     """Write a checkpoint of fresh weights, always the same ones."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_checkpoint(path, build_model(config).state_dict(), Card(config, SPEAKERS, {"step": 3}))
+        save_checkpoint(path, SpExPlus(config).state_dict(), Card(config, SPEAKERS, {"step": 3}))
     return path
 
 

@@ -21,7 +21,7 @@ from voices import Voice, make_corpus, make_trials
 
 from onevoice.audio import write_audio
 from onevoice.extraction.checkpoint import Card, load_model, save_checkpoint
-from onevoice.models import build_model
+from onevoice.models import SpExPlus
 
 
 class Home(NamedTuple):
@@ -406,7 +406,7 @@ def other_program(path: Path) -> None:
 
 def weights_of_other_sizes(path: Path) -> None:
     """The card of one model with the weights of another."""
-    save_checkpoint(path, build_model(replace(TINY, hidden=12)).state_dict(), Card(TINY))
+    save_checkpoint(path, SpExPlus(replace(TINY, hidden=12)).state_dict(), Card(TINY))
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -25,7 +25,7 @@ from onevoice.evaluation.summary import (
 )
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
 from onevoice.rng import derive_seed
 from onevoice.trials.trials import find_trials
@@ -55,7 +55,7 @@ class Unchanged(Network):
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
     torch.manual_seed(0)
-    return Extractor(build_model(CONFIG), Card(CONFIG))
+    return Extractor(SpExPlus(CONFIG), Card(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_batch_size_and_processes_change_nothing(extractor: Extractor, trials: P
 
 
 def test_a_silent_estimate_is_counted_not_fatal(trials: Path) -> None:
-    model = build_model(CONFIG)
+    model = SpExPlus(CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

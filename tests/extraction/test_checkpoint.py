@@ -32,7 +32,7 @@ from onevoice.extraction.checkpoint import (
     save_checkpoint,
     save_resume,
 )
-from onevoice.models import MODELS, ModelConfig, Network, SpExPlusConfig, build_model
+from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig
 
 SMALL: dict[str, ModelConfig] = {"spexplus": TINY}
 
@@ -40,7 +40,7 @@ SMALL: dict[str, ModelConfig] = {"spexplus": TINY}
 @pytest.fixture
 def model() -> Network:
     torch.manual_seed(1)
-    return build_model(TINY).eval()
+    return SpExPlus(TINY).eval()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -49,15 +49,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def with_card(**changes: Any) -> bytes:
     card = {**json.loads(Card(TINY, SPEAKERS, {"step": 3}).to_json()), **changes}
-    return save(build_model(TINY).state_dict(), metadata={CARD_KEY: json.dumps(card)})
+    return save(SpExPlus(TINY).state_dict(), metadata={CARD_KEY: json.dumps(card)})
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_model_comes_back_bit_by_bit(tmp_path: Path, name: str) -> None:
     config = SMALL[name]
-    kind, network = MODELS[name]
-    assert isinstance(config, kind)
-    model = build_model(config).eval()
+    network = MODELS[name]
+    assert isinstance(config, network.config_class)
+    model = network(config).eval()
     card = Card(config, ("b", "a ü"), {"step": 7, "score": 1.5, "none": None})
     save_checkpoint(tmp_path / "a.safetensors", model.state_dict(), card)
     loaded, loaded_card = load_model(tmp_path / "a.safetensors")

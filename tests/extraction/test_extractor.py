@@ -1,5 +1,6 @@
 """Extraction: rates, channels, levels and types of what goes in and comes out; the decided behaviours."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from onevoice.audio import read_audio, write_audio
 from onevoice.errors import AudioError
 from onevoice.extraction.checkpoint import Card, save_checkpoint
 from onevoice.extraction.extractor import Extractor, extract_file, fit_length, match_level
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
 
 CONFIG = SpExPlusConfig(
@@ -45,7 +46,7 @@ def straight() -> Extractor:
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
     torch.manual_seed(0)
-    return Extractor(build_model(CONFIG), Card(CONFIG))
+    return Extractor(SpExPlus(CONFIG), Card(CONFIG))
 
 
 def speech(number: int = 0, seconds: float = 1.0, rate: int = 8000) -> np.ndarray:
@@ -99,14 +100,14 @@ def test_estimate_and_residual_are_orthogonal(extractor: Extractor) -> None:
     assert abs(estimate @ (mixture - estimate)) < 1e-5 * (estimate @ estimate)
 
 
-def test_what_a_levelled_network_turns_down_stays_down() -> None:
+def test_a_network_that_has_a_level_keeps_what_it_turns_down() -> None:
     model = Straight(NetworkConfig(sample_rate=8000))
     mixture = speech(0)
     for gain, own, expected in ((0.01, 0.02, 1.0), (0.8, 1.0, 1.0), (-0.01, 0.02, 1.0)):
         with torch.no_grad():
             model.gain.fill_(gain)
-        for levelled, factor in ((True, own), (False, expected)):
-            extractor = Extractor(model, Card(CONFIG, facts={"levelled": levelled}))
+        for has_level, factor in ((True, own), (False, expected)):
+            extractor = Extractor(model, Card(replace(CONFIG, has_level=has_level)))
             voice = extractor.extract(mixture, 8000, speech(0, 2.0), 8000)
             np.testing.assert_allclose(voice, factor * (mixture - mixture.mean()), atol=1e-3)
 
@@ -172,7 +173,7 @@ def test_unusable_sound(extractor: Extractor, mixture: np.ndarray, enrollment: n
 
 
 def test_the_public_three_lines(tmp_path: Path) -> None:
-    model = build_model(CONFIG)
+    model = SpExPlus(CONFIG)
     save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), Card(CONFIG))
     extractor = onevoice.load(tmp_path / "model.safetensors")
     voice = extractor.extract(speech(0) + speech(1), 8000, speech(0), 8000)

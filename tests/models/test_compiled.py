@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onevoice.models import Batch, Network, SpExPlusConfig, build_model, layers, spexplus
-from onevoice.models.speaker import pooled
+from onevoice.models import Batch, Network, SpExPlus, SpExPlusConfig, layers, spexplus
+from onevoice.models.spexplus import max_pool
 from onevoice.training.loss import MultiLoss
 
 CONFIG = SpExPlusConfig(
@@ -61,7 +61,7 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
 
 def network(compiled: bool, config: SpExPlusConfig = CONFIG) -> Network:
     torch.manual_seed(0)
-    model = build_model(config)
+    model = SpExPlus(config)
     model.compiled = compiled
     return model
 
@@ -70,7 +70,7 @@ def network(compiled: bool, config: SpExPlusConfig = CONFIG) -> Network:
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled formulation run operation by operation."""
     for module in (layers, spexplus):
-        monkeypatch.setattr(module, "compiled", lambda function: function)
+        monkeypatch.setattr(module, "compile_once", lambda function: function)
 
 
 CHANGES: list[dict[str, int]] = [{}, {"kernel_size": 5, "blocks": 3, "stacks": 2}, {"normalize_level": False}]
@@ -130,30 +130,30 @@ def test_compiled_bfloat16_learns_as_float32_does() -> None:
 def test_evaluation_and_padded_mixtures_do_not_wait_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
 
-    def compiled(function: object) -> object:
+    def compile_once(function: object) -> object:
         used.append(function)
         return function
 
     for module in (layers, spexplus):
-        monkeypatch.setattr(module, "compiled", compiled)
+        monkeypatch.setattr(module, "compile_once", compile_once)
     model, (batch, _, _) = network(True), example()
     inputs: Batch = {"audio": batch["audio"].float(), "ref": batch["ref"].float()}
     model.eval()(inputs)
     assert not used
     model.train()({**inputs, "audio_length": torch.tensor([8000, 7000])})
-    assert [getattr(each, "__name__", "") for each in used] == ["_speaker_part"]
+    assert [getattr(each, "__name__", "") for each in used] == ["_encode_speaker"]
 
 
 @pytest.mark.usefixtures("without_compiler")
 def test_the_compiler_meets_few_lengths_of_enrollments(monkeypatch: pytest.MonkeyPatch) -> None:
     model, met = network(True).train(), []
-    plain = spexplus.SpExPlus._speaker_part
+    plain = spexplus.SpExPlus._encode_speaker
 
     def watched(self: spexplus.SpExPlus, ref: Tensor, mask: Tensor | None) -> Tensor:
         met.append((tuple(ref.shape), mask is None))
         return plain(self, ref, mask)
 
-    monkeypatch.setattr(spexplus.SpExPlus, "_speaker_part", watched)
+    monkeypatch.setattr(spexplus.SpExPlus, "_encode_speaker", watched)
     ref = torch.randn(2, 12_000)
     with torch.no_grad():
         for samples in (8001, 9000, 12_000):
@@ -164,7 +164,7 @@ def test_the_compiler_meets_few_lengths_of_enrollments(monkeypatch: pytest.Monke
 def test_pooling_takes_the_largest_of_each_window() -> None:
     frames = torch.randn(2, 11, 4)
     oracle = F.max_pool1d(frames.transpose(1, 2), 3).transpose(1, 2)
-    torch.testing.assert_close(pooled(frames), oracle, atol=0, rtol=0)
+    torch.testing.assert_close(max_pool(frames), oracle, atol=0, rtol=0)
 
 
 def test_compiling_changes_no_names() -> None:

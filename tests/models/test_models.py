@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import ConfigError
-from onevoice.models import MODELS, ModelConfig, Network, SpExPlusConfig, build_model
-from onevoice.models.layers import GlobalNorm, SpeechDecoder
-from onevoice.models.speaker import ValidBatchNorm
+from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig
+from onevoice.models.layers import GlobalNorm, SpeechDecoder, ValidBatchNorm
 
 SMALL: dict[str, ModelConfig] = {
     "spexplus": SpExPlusConfig(
@@ -24,7 +23,7 @@ SMALL: dict[str, ModelConfig] = {
 def network(name: str, seed: int = 0) -> Network:
     """A small network with no weight at a symmetric initial value."""
     torch.manual_seed(seed)
-    model = build_model(SMALL[name])
+    model = MODELS[name](SMALL[name])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -145,7 +144,7 @@ def test_a_config_survives_json(kind: str) -> None:
 
 
 def test_the_published_size() -> None:
-    model = build_model(SpExPlusConfig(sample_rate=8000))
+    model = SpExPlus(SpExPlusConfig(sample_rate=8000))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 11.14
     assert SpExPlusConfig(sample_rate=8000).windows == (20, 80, 160)
     assert SpExPlusConfig().windows == (40, 160, 320)
@@ -158,7 +157,7 @@ def test_parity_with_the_published_equations(sample_rate: int) -> None:
     config = SpExPlusConfig(
         sample_rate=sample_rate, filters=24, channels=16, hidden=32, blocks=4, stacks=2, normalize_level=False
     )
-    model = build_model(config).eval()
+    model = SpExPlus(config).eval()
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.copy_(torch.rand_like(buffer) + 0.5)

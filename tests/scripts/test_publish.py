@@ -21,7 +21,7 @@ from onevoice.evaluation import demo
 from onevoice.evaluation.metrics import si_sdr
 from onevoice.extraction import checkpoint as checkpoints
 from onevoice.extraction.checkpoint import Card, load_checkpoint, load_model, read_registry, resolve, save_checkpoint
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 
 FACTS = {"step": 3, "data": {"pack": "/somewhere/of/mine/packs", "speeds": [0.9, "/a/b"], "snr_db": [-5, 5]}}
 SUMMARY = {"count": 4, "missing": 0, "mean": 3.5379, "median": 3.75, "percentile_5": -1.8, "interval_95": [3.18, 3.89]}
@@ -189,7 +189,7 @@ def test_rounding_costs_nothing_to_speak_of(tmp_path: Path, seed: int) -> None:
         sample_rate=8000, window_seconds=(0.005, 0.01, 0.02), filters=32, channels=32, hidden=48,
         blocks=4, stacks=2, speaker_dim=16, num_classes=4,
     )  # fmt: skip
-    model, card = build_model(config).eval(), Card(config, SPEAKERS)
+    model, card = SpExPlus(config).eval(), Card(config, SPEAKERS)
     save_checkpoint(tmp_path / "a.safetensors", *publish.slim(model.state_dict(), card, tmp_path))
     rounded, _ = load_model(tmp_path / "a.safetensors")
     batch = {"audio": torch.randn(1, 8000), "ref": torch.randn(1, 8000)}

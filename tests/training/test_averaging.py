@@ -9,7 +9,7 @@ import torch
 from tiny import SPEAKERS, TINY, command, save_tiny
 
 from onevoice.extraction.checkpoint import Card, load_checkpoint, load_model, save_checkpoint
-from onevoice.models import build_model
+from onevoice.models import SpExPlus
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     paths = []
     for step in (10, 20, 30):
         torch.manual_seed(step)
-        state = build_model(TINY).state_dict()
+        state = SpExPlus(TINY).state_dict()
         for name, value in state.items():
             if name.endswith("num_batches_tracked"):
                 value.fill_(step)
@@ -63,7 +63,7 @@ def test_strangers_are_not_averaged(
 ) -> None:
     card = replace(load_checkpoint(checkpoints[0])[1], **change)
     other = tmp_path / "other.safetensors"
-    save_checkpoint(other, build_model(card.config).state_dict(), card)
+    save_checkpoint(other, SpExPlus(card.config).state_dict(), card)
     done = command(capsys, "average", tmp_path / "mean.safetensors", checkpoints[0], other)
     assert (done.status, done.err.count("\n")) == (2, 1)
     assert f"{other}: {complaint} {checkpoints[0]}" in done.err

@@ -16,8 +16,8 @@ import torch
 from toy_runs import equal, experiment, finish, lines_of, quiet, rows_without_time, settings, start, weights
 from voices import make_trials
 
-from onevoice.devices import missing_for_compiling
 from onevoice.errors import StorageError, TrainingError
+from onevoice.models.base import missing_for_compiling
 from onevoice.processes import StopRequest
 from onevoice.training.run import Trainer, train
 from onevoice.training.step import Learner

@@ -17,7 +17,7 @@ from toy_runs import experiment
 from voices import make_trials
 
 from onevoice.extraction.checkpoint import load_checkpoint
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.training.batches import TrialSource
 from onevoice.training.profile import _is_product, profile_training, table
 from onevoice.training.roofline import Ceilings, Cost, CostCounter, _Traffic, measure_ceilings
@@ -226,7 +226,7 @@ def test_a_trained_run_can_be_profiled(trials: Path, tmp_path: Path, capsys: pyt
 
 def test_counting_matches_a_network_that_runs() -> None:
     """The network without data sees the shapes that the real one sees."""
-    model = build_model(TINY).train()
+    model = SpExPlus(TINY).train()
     shape = {"audio": (2, 4000), "ref": (2, 3000)}
     with _Traffic() as traffic:
         prediction = model({name: torch.randn(size) for name, size in shape.items()})

@@ -16,7 +16,6 @@ from voices import make_trials
 from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.extraction.checkpoint import load_checkpoint, load_pickled
 from onevoice.models import Network, to_network
-from onevoice.models.activations import checkpoint_blocks
 from onevoice.training.experiment import AdamConfig, StableConfig
 from onevoice.training.optim import RunningAverage, WarmupStableDecay, build_optimizer
 from onevoice.training.run import Trainer, train
@@ -360,7 +359,7 @@ def test_checkpointed_activations(trials: Path, tmp_path: Path, precision: str) 
 
 def test_a_checkpointed_network_can_be_copied(trainer: Trainer) -> None:
     """A copy computes by its own weights, not by those it was copied from."""
-    checkpoint_blocks(trainer.state.model)
+    trainer.state.model.recompute = True
     copied = copy.deepcopy(trainer.state.model)
     with torch.no_grad():
         for parameter in trainer.state.model.parameters():

@@ -20,7 +20,7 @@ from onevoice.evaluation.summary import EvaluationConfig, evaluate, format_repor
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
 from onevoice.mixing.folder import MANIFEST
-from onevoice.models import SpExPlusConfig, build_model
+from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.trials import (
     EnrollmentDraw,
     EnrollmentMapFile,
@@ -467,7 +467,7 @@ def test_evaluation_takes_a_protocol(toy: Toy, tmp_path: Path) -> None:
     small = SpExPlusConfig(
         sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
     )
-    extractor = Extractor(build_model(small), Card(small))
+    extractor = Extractor(SpExPlus(small), Card(small))
     protocol = mapped(
         toy,
         tmp_path / "map",

@@ -42,7 +42,7 @@ from torch import Tensor
 from onevoice.config import STRICT, from_dict, load_config, to_dict
 from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.files import atomic_write
-from onevoice.models import MODELS, ModelConfig, Network, build_model
+from onevoice.models import MODELS, ModelConfig, Network
 
 FORMAT = 1
 CARD_KEY = "onevoice"
@@ -131,7 +131,7 @@ def load_model(
         card = Card(config)
     with warnings.catch_warnings():  # the classifier of published networks has no speakers
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        model = build_model(card.config)
+        model = MODELS[card.config.name](card.config)
     load_state(model, state, path)
     return model.to(device).eval(), card
 
@@ -213,7 +213,8 @@ def _read_card(text: str, path: Path) -> Card:
         card = json.loads(text)
         number, name, config = card["format"], card["model"], card["config"]
         speakers, facts = tuple(card["speakers"]), dict(card["facts"])
-        is_newer, is_known, config = number > FORMAT, name in MODELS, dict(config)
+        is_newer, is_known = number > FORMAT, name in MODELS
+        config = {"has_level": bool(facts.get("levelled")), **config}  # older cards have this fact, not the field
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its card is damaged ({error}); copy it again") from error
     if is_newer:
@@ -221,7 +222,7 @@ def _read_card(text: str, path: Path) -> Card:
     if not is_known:
         raise CheckpointError(f"{path}: holds a {name!r}; this onevoice knows {', '.join(MODELS)}; upgrade it")
     try:
-        return Card(from_dict(MODELS[name][0], config), speakers, facts)
+        return Card(from_dict(MODELS[name].config_class, config), speakers, facts)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its card does not fit this onevoice ({error}); upgrade onevoice") from error
 

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onevoice.audio import Mono, read_audio, require_finite, require_not_silent, resample, to_mono, write_audio
-from onevoice.devices import pick_device
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
 from onevoice.models import Batch, ModelConfig, Network, to_network
+from onevoice.models.base import pick_device
 
 MIN_ENROLLMENT_SECONDS = 0.5
 """Shorter enrollments are refused; 3 s and more of clean speech are advised."""
@@ -81,7 +81,7 @@ class Extractor:
             "ref": torch.from_numpy(resample(enrollment, enrollment_rate, own))[None],
         }
         estimate = resample(self.estimate(batch)[0].numpy(), own, rate)
-        most = MOST_GAIN if self.card.facts.get("levelled") else math.inf
+        most = MOST_GAIN if self.card.config.has_level else math.inf
         return match_level(fit_length(estimate, len(mixture)), mixture, most)
 
 

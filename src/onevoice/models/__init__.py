@@ -1,26 +1,41 @@
-"""Networks: batches in, estimates out; they know nothing of data.
+"""Networks: a batch in, estimates of the target and speaker logits out. They know nothing of data or training.
 
-`MODELS` is the zoo: the name in a config → (its config, its network).
+To add a network, write one file and add its class to `NETWORKS` (docs/add_a_network.md).
 """
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Tag
 
 from onevoice.models.base import Batch, Network, NetworkConfig, Prediction, to_network
 from onevoice.models.spexplus import SpExPlus, SpExPlusConfig
 
-ModelConfig = SpExPlusConfig
-"""The config of any network of the zoo."""
+NETWORKS: tuple[type[Network], ...] = (SpExPlus,)
 
-MODELS: dict[str, tuple[type[ModelConfig], type[Network]]] = {"spexplus": (SpExPlusConfig, SpExPlus)}
+MODELS: dict[str, type[Network]] = {network.config_class.name: network for network in NETWORKS}
+"""Every network by the name in its config: `MODELS[config.name](config)` builds it with random weights."""
 
 
-def build_model(config: ModelConfig) -> Network:
-    """Build the network that `config` describes, with fresh weights drawn from torch's generator."""
-    if isinstance(config, SpExPlusConfig):
-        return SpExPlus(config)
-    raise TypeError(f"not a model config: {config!r}")
+def read_name(section: Any) -> str:
+    """Return the name of the network that a config section describes; SpEx+ if it has none."""
+    default = SpExPlusConfig.name
+    return str(section.get("name", default) if isinstance(section, dict) else getattr(section, "name", default))
 
+
+if TYPE_CHECKING:
+    ModelConfig = NetworkConfig
+else:
+    ModelConfig = Annotated[
+        functools.reduce(operator.or_, (Annotated[each.config_class, Tag(name)] for name, each in MODELS.items())),
+        Discriminator(read_name),
+    ]
+    """The config of any of the networks; a config section selects one by its `name`."""
 
 __all__ = [
     "MODELS",
+    "NETWORKS",
     "Batch",
     "ModelConfig",
     "Network",
@@ -28,6 +43,5 @@ __all__ = [
     "Prediction",
     "SpExPlus",
     "SpExPlusConfig",
-    "build_model",
     "to_network",
 ]

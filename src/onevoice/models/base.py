@@ -1,36 +1,46 @@
-"""The model contract: what every network of the zoo takes, returns and promises.
+"""The model contract: what every network takes, returns and promises, and where it runs.
 
 A network is a `Network` built from one frozen config. `forward(batch)` takes a `Batch` and returns a `Prediction`.
-The promises, tested for every network in `tests/test_models.py`:
+`tests/models/test_models.py` checks these promises for every network:
 
-- each estimate has exactly the length of the mixture, for any length;
-- the speaker embedding, and in evaluation mode the estimate, depend neither on padding (where lengths are given)
-  nor on the other items of the batch;
-- `embed` gives the speaker embedding alone, and `extract` takes one, so that one enrollment serves many mixtures;
-- with `normalize_level` the mixture's gain and offset scale the estimate and nothing else, and the
-  enrollment's do not matter at all; silence in, silence out.
+- Each estimate has exactly the length of the mixture, for any length.
+- The speaker embedding, and in evaluation mode the estimate, depend neither on padding (if lengths are given)
+  nor on the other items of the batch.
+- `embed` returns the speaker embedding alone and `extract` takes one, so that one enrollment serves many mixtures.
+- With `normalize_level`, the gain of the mixture scales the estimate and changes nothing else. The offset of the
+  mixture and the gain and offset of the enrollment change nothing. Silence in, silence out.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
 from abc import ABC, abstractmethod
-from typing import NotRequired, TypedDict
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, NotRequired, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from onevoice.config import STRICT
+from onevoice.errors import ConfigError
 
 Wave = Float[Tensor, "batch samples"]
 Lengths = Int[Tensor, " batch"]
 Embedding = Float[Tensor, "batch speaker_dim"]
+T = TypeVar("T")
+MAX_VARIANTS = 64
+"""Compiled variants that torch keeps per function: one for each dilation, precision and shape."""
 
 
 class Batch(TypedDict):
-    """One batch. Items are padded at the end with anything; the lengths say what is valid.
+    """One batch. Items are padded at the end with anything; the lengths tell which samples are valid.
 
-    A missing length says that every item fills its row.
+    If a length is missing, every item fills its row.
     """
 
     audio: Float[Tensor, "batch samples"]
@@ -42,39 +52,53 @@ class Batch(TypedDict):
 
 
 class Prediction(TypedDict):
-    """What a network makes of a batch."""
+    """The output of a network for one batch."""
 
     predicted_audio: tuple[Wave, ...]
-    """Estimates of the target, the one for users first; SpEx+ has three."""
+    """Estimates of the target. Users and metrics get the first one; the loss uses all."""
     predicted_logits: Float[Tensor, "batch num_classes"]
-    """Speaker logits over the training speakers, for the training loss only."""
+    """Speaker logits over the training speakers, used by the training loss only."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class NetworkConfig:
-    """What the config of every network has; the defaults of the sizes are each network's own."""
+    """The fields that the config of every network has.
+
+    Subclasses inherit the descriptions of these fields because they are part of the types; pydantic does not inherit
+    docstrings.
+    """
 
     name: str = ""
-    """The name under which the zoo knows the network."""
-    sample_rate: PositiveInt = 16_000
-    """The rate in Hz at which the network works."""
-    num_classes: NonNegativeInt = 101
-    """Training speakers that the classifier tells apart; training puts the number found in the data for 0."""
-    normalize_level: bool = True
-    """Centre inputs and bring them to unit power first; False is the published network to the letter."""
+    """Selects the network."""
+    sample_rate: Annotated[PositiveInt, Field(description="Sample rate in Hz at which the network works.")] = 16_000
+    num_classes: Annotated[
+        NonNegativeInt,
+        Field(description="Number of training speakers the classifier knows; training replaces 0 by the number found."),
+    ] = 101
+    normalize_level: Annotated[
+        bool, Field(description="Center inputs and scale them to unit power; false is the network as published.")
+    ] = True
+    has_level: Annotated[
+        bool, Field(description="The level of the estimate is meaningful; training sets this if loss.level is above 0.")
+    ] = False
 
 
 class Network(nn.Module, ABC):
     """A target speaker extractor: mixture and enrollment in, estimates and speaker logits out."""
 
+    config_class: ClassVar[type[NetworkConfig]]
+    """The config that builds this network. The default of its `name` is the name of the network."""
+
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
         self.compiled = False
-        """Train through `torch.compile` where no mixture is padded: faster steps, after a wait for each new length."""
+        """Train through `torch.compile` if no mixture is padded: faster steps, after a wait for each new length."""
+        self.recompute = False
+        """Compute blocks a second time in the backward pass instead of keeping their activations in memory."""
 
     def forward(self, batch: Batch) -> Prediction:
-        """Extract the target of each item. See the module's docstring for what is promised."""
+        """Extract the target of each item; the module docstring lists what holds for the result."""
         embedding = self.embed(batch["ref"], batch.get("ref_length"))
         return {
             "predicted_audio": self.extract(batch["audio"], embedding, batch.get("audio_length")),
@@ -90,7 +114,7 @@ class Network(nn.Module, ABC):
         return self._embed(ref, ref_length)
 
     def extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None = None) -> tuple[Wave, ...]:
-        """Return the estimates for mixtures and speaker embeddings; padded samples come out as zero."""
+        """Return the estimates for mixtures and speaker embeddings; padded samples become zero."""
         if not self.config.normalize_level:
             estimates = self._extract(zero_padding(audio, audio_length), embedding, audio_length)
         else:
@@ -110,34 +134,80 @@ class Network(nn.Module, ABC):
     def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[Wave, ...]:
         """Extract from mixtures whose padding is zero."""
 
+    def _run_block(self, block: Callable[..., T], *inputs: Any) -> T:
+        """Run one block of the network. With `recompute`, only its inputs are kept for the backward pass.
+
+        The gradients stay the same, bit for bit if the kernels of the device are deterministic. A step takes about a
+        third more arithmetic (arXiv 1604.06174).
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(*inputs)
+        result: T = checkpoint(block, *inputs, use_reentrant=False)
+        return result
+
+
+@functools.cache
+def compile_once(function: Callable[..., T]) -> Callable[..., T]:
+    """Return `function` through `torch.compile`; the compiler runs at the first call of each variant."""
+    import torch._dynamo.config as settings
+
+    settings.cache_size_limit = max(settings.cache_size_limit, MAX_VARIANTS)
+    return torch.compile(function, dynamic=False)
+
+
+def pick_device(name: str = "auto", key: str = "device") -> torch.device:
+    """Return the torch device of a name; "auto" prefers CUDA, then Apple's MPS, then the CPU.
+
+    Raises `ConfigError`, naming `key`, for a device that torch does not know or cannot find.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the errors torch raises for cuda if it was built without it
+        raise ConfigError(
+            f"{key}: torch finds no device {name!r}; use auto, cpu, or cuda on a machine with one"
+        ) from error
+    return torch.device(name)
+
+
+def missing_for_compiling(device: torch.device) -> str | None:
+    """Return what `torch.compile` needs for a device and cannot find; None if it can work."""
+    if device.type == "cpu":
+        names = [os.environ.get("CXX", "g++"), "clang++"]
+        return None if any(map(shutil.which, names)) else "a C++ compiler (g++ or clang++)"
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "triton"
+    return f"a compiler for {device.type}"
+
 
 def to_network(batch: Batch, device: torch.device) -> Batch:
-    """Move what a network takes to `device`, and nothing else that a batch may hold.
+    """Move the inputs of a network to `device` and leave everything else in the batch behind.
 
-    Lengths that say nothing are left out, which is the fast path.
+    Lengths are dropped if no row is padded, because a network is faster without them.
     """
     inputs: Batch = {
         "audio": batch["audio"].to(device, non_blocking=True),
         "ref": batch["ref"].to(device, non_blocking=True),
     }
-    if _matters(batch.get("audio_length"), batch["audio"]):
+    if _is_padded(batch["audio"], batch.get("audio_length")):
         inputs["audio_length"] = batch["audio_length"].to(device, non_blocking=True)
-    if _matters(batch.get("ref_length"), batch["ref"]):
+    if _is_padded(batch["ref"], batch.get("ref_length")):
         inputs["ref_length"] = batch["ref_length"].to(device, non_blocking=True)
     return inputs
 
 
-def _matters(length: Tensor | None, signal: Tensor) -> bool:
-    """Say whether some row is padded; lengths on an accelerator are not looked at, which would stall it."""
+def _is_padded(signal: Tensor, length: Tensor | None) -> bool:
+    """Return False if every row is known to be full. Lengths on an accelerator are not read, which would stall it."""
     if length is None:
         return False
     return length.device.type != "cpu" or bool((length < signal.shape[1]).any())
 
 
 def normalize_level(audio: Wave, length: Lengths | None = None) -> tuple[Wave, Float[Tensor, "batch one"]]:
-    """Centre each item and bring it to unit mean square over its valid samples; padding becomes zero.
+    """Center each item and scale it to unit mean square over its valid samples; padding becomes zero.
 
-    Returns the normalised audio and the level (RMS amplitude) of each item; silence stays silence, of level 0.
+    Returns the normalized audio and the level (RMS amplitude) of each item; silence stays silence, with level 0.
     """
     valid = valid_mask(audio.shape[1], length, audio)
     count = audio.new_full((1, 1), audio.shape[1]) if valid is None else valid.sum(1, keepdim=True)
@@ -151,13 +221,13 @@ def normalize_level(audio: Wave, length: Lengths | None = None) -> tuple[Wave, F
 
 
 def zero_padding(audio: Wave, length: Lengths | None) -> Wave:
-    """Set the samples beyond each item's length to zero, whatever they hold (NaN too)."""
+    """Set the samples beyond each item's length to zero, whatever they are (also NaN)."""
     valid = valid_mask(audio.shape[1], length, audio)
     return audio if valid is None else audio.where(valid > 0, 0.0)
 
 
 def valid_mask(size: int, length: Lengths | None, like: Tensor) -> Float[Tensor, "batch size"] | None:
-    """Return 1 for positions before each item's length and 0 beyond, in the dtype of `like`; None for None."""
+    """Return 1 for positions before each item's length and 0 beyond, in the dtype of `like`; None for no lengths."""
     if length is None:
         return None
     return (torch.arange(size, device=like.device) < length.to(like.device)[:, None]).to(like.dtype)

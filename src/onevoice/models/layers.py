@@ -1,25 +1,42 @@
 """The building blocks of time-domain extractors: encoder, decoder, norms and the temporal block.
 
-Frames are (batch, frames, channels), so that a 1x1 convolution is a matrix product; the layers of the temporal block
-alone take (batch, channels, frames). A mask has 1 for valid frames and 0 for padding and a channel axis of size 1; it
-is None where all frames are valid, which is the fast path of training.
+Frames are (batch, frames, channels), so that a 1x1 convolution is a matrix product. Only the global norm and the layers
+of the temporal block take (batch, channels, frames). A mask is 1 for valid frames and 0 for padding, with one channel;
+it is None if all frames are valid, which is the fast path of training.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from onevoice.models.base import Lengths, Wave
-from onevoice.models.fused import BlockWeights, Frames, compiled, pointwise, temporal_block
+from onevoice.models.base import Lengths, Wave, compile_once
 
+Frames = Float[Tensor, "batch frames channels"]
 Mask = Float[Tensor, "batch frames 1"]
 ChannelsFirst = Float[Tensor, "batch channels frames"]
 MaskFirst = Float[Tensor, "batch 1 frames"]
+
+
+def pointwise(
+    frames: Float[Tensor, "batch frames inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, " outputs"] | None = None,
+) -> Float[Tensor, "batch frames outputs"]:
+    """Return the product of every frame with `weight`, plus `bias`.
+
+    On a CPU in float32 this is a convolution, because torch runs those with oneDNN, up to twice as fast as its matrix
+    product. With a single tap the dilation changes nothing, but makes torch use oneDNN on one thread too.
+    """
+    if frames.device.type != "cpu" or frames.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(frames, weight, bias)
+    image = frames.transpose(1, 2)[:, :, None]
+    return F.conv2d(image, weight[:, :, None, None], bias, dilation=2)[:, :, 0].transpose(1, 2)
 
 
 class Pointwise(nn.Conv1d):
@@ -34,7 +51,7 @@ class Pointwise(nn.Conv1d):
 
 
 class GlobalNorm(nn.Module):
-    """Global layer normalisation over channels and valid frames (gLN, arXiv 1809.07454, eq. 8–9)."""
+    """Global layer normalization over channels and valid frames (gLN, arXiv 1809.07454, eq. 8–9)."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -43,22 +60,70 @@ class GlobalNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, frames: ChannelsFirst, mask: MaskFirst | None = None) -> ChannelsFirst:
-        """Normalise each item over its valid frames; padded frames come out as zero."""
+        """Normalize each item over its valid frames; padded frames become zero."""
         if mask is None:
             return F.group_norm(frames, 1, self.weight, self.bias, self.eps)
         count = mask.sum((1, 2), keepdim=True) * frames.shape[1]
         mean = (frames * mask).sum((1, 2), keepdim=True) / count
-        centred = (frames - mean) * mask
-        variance = centred.square().sum((1, 2), keepdim=True) / count
+        centered = (frames - mean) * mask
+        variance = centered.square().sum((1, 2), keepdim=True) / count
         scale = self.weight[:, None] * torch.rsqrt(variance + self.eps)
-        return centred * scale + self.bias[:, None] * mask
+        return centered * scale + self.bias[:, None] * mask
+
+
+class ValidBatchNorm(nn.BatchNorm1d):
+    """Batch normalization of channels-last frames; training statistics come from the valid frames only."""
+
+    sum_over_processes: Callable[[Float[Tensor, " values"]], Float[Tensor, " values"]] | None = None
+    """Adds up values over the processes of a distributed training; None for a process by itself."""
+
+    def forward(self, frames: Frames, mask: Mask | None = None) -> Frames:
+        """Normalize by the statistics of the batch (training) or the running ones (evaluation)."""
+        if self.training:
+            mean, variance, count = self._measure(frames.to(self.weight.dtype), mask)
+            self._track(mean.detach(), (variance * count / (count - 1).clamp(min=1)).detach())
+        else:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            mean, variance = self.running_mean, self.running_var
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (frames - mean) * scale + self.bias
+
+    def _measure(self, frames: Frames, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and variance of each channel over the valid frames of all processes, and their number."""
+        if mask is None and self.sum_over_processes is None:
+            count = frames.new_tensor(frames.shape[0] * frames.shape[1])
+            variance, mean = torch.var_mean(frames, (0, 1), correction=0)
+            return mean, variance, count
+        total = self.sum_over_processes or _keep
+        valid = frames.new_ones(()) if mask is None else mask
+        own_count = frames.new_tensor([frames.shape[0] * frames.shape[1]]) if mask is None else mask.sum()[None]
+        sums = total(torch.cat([(frames * valid).sum((0, 1)), own_count]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        variance = total(((frames - mean) * valid).square().sum((0, 1))) / count
+        return mean, variance, count
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+def _keep(values: Tensor) -> Tensor:
+    return values
 
 
 class TemporalBlock(nn.Module):
     """Residual block: 1x1 conv, PReLU, gLN, dilated depthwise conv, PReLU, gLN, 1x1 conv (SpEx+, Fig. 2).
 
-    With `speaker_dim` the speaker embedding is appended to every frame of the input. The product of the first
-    1x1 convolution with that constant part is computed once per item and added, not repeated per frame.
+    With `speaker_dim`, the speaker embedding is appended to every frame of the input. The product of the first
+    1x1 convolution with that constant part is computed once per item and added to every frame.
+
+    `forward` runs the layers; `forward_compiled` runs `temporal_block` below, with the same weights and result.
     """
 
     def __init__(self, channels: int, hidden: int, kernel_size: int, dilation: int, speaker_dim: int = 0) -> None:
@@ -80,17 +145,11 @@ class TemporalBlock(nn.Module):
 
     def forward(
         self,
-        frames: ChannelsFirst | Frames,
+        frames: ChannelsFirst,
         embedding: Float[Tensor, "batch speaker_dim"] | None = None,
         mask: MaskFirst | None = None,
-        channels_last: bool = False,
-    ) -> ChannelsFirst | Frames:
-        """Return the frames plus what the block makes of them.
-
-        With `channels_last`, frames are (batch, frames, channels) and all valid, and the compiled block is used.
-        """
-        if channels_last:
-            return self._compiled(frames, embedding)
+    ) -> ChannelsFirst:
+        """Return the frames plus the output of the block."""
         if embedding is None:
             hidden = self.expand(frames)
         else:
@@ -101,13 +160,8 @@ class TemporalBlock(nn.Module):
         residual: Tensor = self.project(hidden)
         return frames + residual
 
-    def _speaker_part(self, embedding: Float[Tensor, "batch speaker_dim"]) -> Float[Tensor, "batch hidden"]:
-        """Return what the speaker adds to every frame of the first product, with its bias."""
-        return F.linear(embedding, self.expand.weight[:, -embedding.shape[1] :, 0], self.expand.bias)
-
-    def _compiled(
-        self, frames: Float[Tensor, "batch frames channels"], embedding: Float[Tensor, "batch speaker_dim"] | None
-    ) -> Float[Tensor, "batch frames channels"]:
+    def forward_compiled(self, frames: Frames, embedding: Float[Tensor, "batch speaker_dim"] | None = None) -> Frames:
+        """Return the frames, all of them valid, plus the output of the block."""
         device = frames.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frames.dtype
         assert self.expand.bias is not None
@@ -129,8 +183,80 @@ class TemporalBlock(nn.Module):
                 self.project.bias,
             )
             dilation, eps = self.depthwise.dilation[0], self.expand_norm.eps
-            block: Callable[..., Tensor] = compiled(temporal_block)
-            return block(frames, offset, weights, dilation, eps, precision)
+            run: Callable[..., Tensor] = compile_once(temporal_block)
+            return run(frames, offset, weights, dilation, eps, precision)
+
+    def _speaker_part(self, embedding: Float[Tensor, "batch speaker_dim"]) -> Float[Tensor, "batch hidden"]:
+        """Return what the speaker adds to every frame of the first product, plus the bias of that product."""
+        return F.linear(embedding, self.expand.weight[:, -embedding.shape[1] :, 0], self.expand.bias)
+
+
+class BlockWeights(NamedTuple):
+    """The parameters of a temporal block, in the shapes of its layers; only the taps are transposed."""
+
+    expand: Float[Tensor, "hidden channels 1"]
+    expand_slope: Float[Tensor, "1"]
+    expand_scale: Float[Tensor, " hidden"]
+    expand_shift: Float[Tensor, " hidden"]
+    taps: Float[Tensor, "taps hidden"]
+    taps_bias: Float[Tensor, " hidden"]
+    depthwise_slope: Float[Tensor, "1"]
+    depthwise_scale: Float[Tensor, " hidden"]
+    depthwise_shift: Float[Tensor, " hidden"]
+    project: Float[Tensor, "channels hidden 1"]
+    project_bias: Float[Tensor, " channels"]
+
+
+def temporal_block(
+    frames: Frames,
+    offset: Float[Tensor, "#batch hidden"],
+    weights: BlockWeights,
+    dilation: int,
+    eps: float,
+    precision: torch.dtype,
+) -> Frames:
+    """Return `frames` plus the output of the block, in operations that a compiler fuses into four passes.
+
+    `offset` is added to every frame after the first product: its bias, and the part of the speaker if there is one.
+    `precision` is the type of the operands of the matrix products. With bfloat16, only these operands and the tensors
+    kept for the backward pass are rounded; statistics and the residual path stay float32.
+    """
+    w = weights
+    # First product and PReLU. `hidden` is rounded because it is kept for the backward pass.
+    product = pointwise(frames.to(precision), w.expand[:, :, 0].to(precision))
+    hidden = (product + offset[:, None]).to(precision).to(frames.dtype)
+    active = torch.where(hidden > 0, hidden, w.expand_slope * hidden)
+    # First norm, as one scale and one shift per item and channel.
+    mean, rstd = _statistics(active, eps)
+    scale = w.expand_scale * rstd
+    normed = active * scale[:, None] + (w.expand_shift - mean * scale)[:, None]
+    # Depthwise convolution: each tap multiplies the frames shifted by its distance.
+    count, taps = frames.shape[1], len(w.taps)
+    reach = dilation * (taps - 1) // 2
+    padded = F.pad(normed, (0, 0, reach, reach))
+    mixed = w.taps_bias.expand_as(normed)
+    for tap in range(taps):
+        mixed = mixed + w.taps[tap] * padded[:, tap * dilation : tap * dilation + count]
+    active = torch.where(mixed > 0, mixed, w.depthwise_slope * mixed)
+    # The second norm is folded into the second product W, so that the normalized frames are never stored:
+    # W norm(active) + bias = rstd · (W diag(scale)) active + constant.
+    mean, rstd = _statistics(active, eps)
+    project = w.project[:, :, 0]
+    product = pointwise(active.to(precision), (project * w.depthwise_scale).to(precision))
+    constant = project @ w.depthwise_shift + w.project_bias - mean * rstd * (project @ w.depthwise_scale)
+    return frames + (product * rstd[:, None] + constant[:, None])
+
+
+def _statistics(active: Frames, eps: float) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
+    """Return mean and 1 / deviation of each item over frames and channels.
+
+    The sum has two stages. Within one stage, compilers add the terms one by one, which loses digits over a million
+    terms.
+    """
+    count = active.shape[1] * active.shape[2]
+    mean = active.sum(2).sum(1) / count
+    variance = active.square().sum(2).sum(1) / count - mean.square()
+    return mean[:, None], torch.rsqrt(variance.clamp(min=0) + eps)[:, None]
 
 
 class SpeechEncoder(nn.Module):
@@ -154,7 +280,7 @@ class SpeechEncoder(nn.Module):
         return (frames - 1) * self.hop + self.windows[0]
 
     def mask(self, audio: Wave, length: Lengths | None) -> Mask | None:
-        """Return the mask of the frames that cover each item's valid samples; None when all rows are full."""
+        """Return the mask of the frames that cover each item's valid samples; None if no lengths are given."""
         if length is None:
             return None
         beyond = (length.to(audio.device) - self.windows[0] + self.hop - 1).clamp(min=0)
@@ -175,21 +301,21 @@ class SpeechEncoder(nn.Module):
 
 
 class SpeechDecoder(nn.Module):
-    """Transposed convolution of one scale back to samples, in the alignment of `SpeechEncoder` (SpEx+, eq. 5)."""
+    """Transposed convolution of one scale back to samples, aligned with `SpeechEncoder` (SpEx+, eq. 5)."""
 
     def __init__(self, filters: int, window: int, hop: int) -> None:
         super().__init__()
         self.window, self.hop = window, hop
         bound = 1.0 / math.sqrt(window)
         self.level = hop / (window * filters)
-        """What makes the sum over filters and overlapping windows a mean: about the level of the encoder's input."""
+        """Turns the sum over filters and overlapping windows into a mean, which is near the level of the encoder's input."""
         self.weight = nn.Parameter(torch.empty(filters, window).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(1).uniform_(-bound, bound))
 
     def forward(self, frames: Frames, samples: int) -> Wave:
         """Overlap and add the frames; return the first `samples` samples.
 
-        A matrix product gives every frame's window, cut into hops; hop j of frame t belongs to hop t + j of the sum.
+        A matrix product gives the window of every frame, cut into hops; hop j of frame t is added to hop t + j.
         """
         hops = -(-self.window // self.hop)
         weight = F.pad(self.weight, (0, hops * self.hop - self.window))

@@ -1,5 +1,7 @@
 """SpEx+ (Ge et al., "SpEx+: A Complete Time Domain Speaker Extraction Network", arXiv 2005.04686)."""
 
+import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -10,20 +12,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onevoice.config import STRICT
-from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
-from onevoice.models.fused import Frames, compiled
-from onevoice.models.layers import Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock
-from onevoice.models.speaker import SpeakerEncoder
+from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave, compile_once
+from onevoice.models.layers import Frames, Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock, ValidBatchNorm
 from onevoice.units import to_samples
+
+POOLING = 3
+"""Frames per max pooling window of a residual block."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SpExPlusConfig(NetworkConfig):
-    """The sizes of SpEx+. The defaults are the paper's, at 16 kHz; letters in brackets are the paper's."""
+    """The sizes of SpEx+. The defaults are those of the paper, at 16 kHz; letters in brackets are the paper's."""
 
     name: Literal["spexplus"] = "spexplus"
+    """Selects SpEx+."""
     window_seconds: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.0025, 0.01, 0.02)
-    """Short, middle and long window [L1, L2, L3]; the hop is half the short one."""
+    """Short, middle and long window in seconds [L1, L2, L3]; the hop is half the short one."""
     filters: PositiveInt = 256
     """Filters of each scale of the speech encoder [N]."""
     channels: PositiveInt = 256
@@ -33,14 +37,14 @@ class SpExPlusConfig(NetworkConfig):
     kernel_size: PositiveInt = 3
     """Taps of the depthwise convolution [Q], odd."""
     blocks: PositiveInt = 8
-    """Temporal blocks in a stack, of dilation 1, 2, 4, … [B]."""
+    """Temporal blocks in a stack, with dilations 1, 2, 4, … [B]."""
     stacks: PositiveInt = 4
     """Stacks [R]; the speaker embedding enters at the first block of each."""
     speaker_dim: PositiveInt = 256
     """Size of the speaker embedding."""
 
     def __post_init__(self) -> None:
-        """Check what concerns several values at once."""
+        """Check the kernel size and the windows."""
         windows = self.windows
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
@@ -63,8 +67,9 @@ class SpExPlusConfig(NetworkConfig):
 
 
 class SpExPlus(Network):
-    """Multi-scale encoder shared by mixture and enrollment, speaker encoder, temporal stacks, three decoders."""
+    """Speech encoder shared by mixture and enrollment, speaker encoder, stacks of temporal blocks, three decoders."""
 
+    config_class = SpExPlusConfig
     config: SpExPlusConfig
 
     def __init__(self, config: SpExPlusConfig) -> None:
@@ -96,42 +101,46 @@ class SpExPlus(Network):
         logits: Tensor = self.classifier(embedding)
         return logits
 
-    @property
-    def _fused(self) -> bool:
-        return self.compiled and self.training
-
     def _embed(self, ref: Wave, ref_length: Lengths | None) -> Embedding:
-        if self._fused:
-            ref, ref_length = _to_whole_seconds(ref, ref_length, self.config.sample_rate)
-        fewest = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms: less is taken as padded by zeros
-        ref = F.pad(ref, (0, max(0, fewest - ref.shape[1])))
-        mask = self.encoder.mask(ref, None if ref_length is None else ref_length.clamp(min=fewest))
-        speaker_part = compiled(SpExPlus._speaker_part) if self._fused else SpExPlus._speaker_part
-        return speaker_part(self, ref, mask)
+        compiled = self.compiled and self.training
+        if compiled:
+            ref, ref_length = _pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
+        min_samples = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms; shorter ones are padded with zeros
+        ref = F.pad(ref, (0, max(0, min_samples - ref.shape[1])))
+        mask = self.encoder.mask(ref, None if ref_length is None else ref_length.clamp(min=min_samples))
+        encode_speaker = compile_once(SpExPlus._encode_speaker) if compiled else SpExPlus._encode_speaker
+        return encode_speaker(self, ref, mask)
 
     def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[Wave, ...]:
         mask = self.encoder.mask(audio, audio_length)
-        fused = self._fused and mask is None
-        first, last = SpExPlus._first_part, SpExPlus._last_part
-        if fused:
-            first, last = compiled(first), compiled(last)
-        scales, frames = first(self, audio)
-        if not fused:
-            frames, turned = frames.transpose(1, 2), None if mask is None else mask.transpose(1, 2)
-        for index, block in enumerate(self.temporal_blocks):
-            speaker = None if index % self.config.blocks else embedding
-            frames = block(frames, speaker, channels_last=True) if fused else block(frames, speaker, turned)
-        return last(self, scales, frames if fused else frames.transpose(1, 2), mask, audio.shape[1])
+        if self.compiled and self.training and mask is None:
+            scales, frames = compile_once(SpExPlus._encode)(self, audio)
+            for block, speaker in self._blocks(embedding):
+                frames = self._run_block(block.forward_compiled, frames, speaker)
+            estimates: tuple[Wave, ...] = compile_once(SpExPlus._decode)(self, scales, frames, None, audio.shape[1])
+            return estimates
+        scales, frames = self._encode(audio)
+        channels_first = frames.transpose(1, 2)  # the fastest layout for the layers of the blocks
+        mask_first = None if mask is None else mask.transpose(1, 2)
+        for block, speaker in self._blocks(embedding):
+            channels_first = self._run_block(block, channels_first, speaker, mask_first)
+        return self._decode(scales, channels_first.transpose(1, 2), mask, audio.shape[1])
 
-    def _speaker_part(self, ref: Wave, mask: Mask | None) -> Embedding:
+    def _blocks(self, embedding: Embedding) -> Iterator[tuple[TemporalBlock, Embedding | None]]:
+        """Yield every temporal block, with the embedding if the speaker enters there."""
+        for index, block in enumerate(self.temporal_blocks):
+            assert isinstance(block, TemporalBlock)
+            yield block, None if index % self.config.blocks else embedding
+
+    def _encode_speaker(self, ref: Wave, mask: Mask | None) -> Embedding:
         embedding: Tensor = self.speaker_encoder(torch.cat(self.encoder(ref), dim=2), mask)
         return embedding
 
-    def _first_part(self, audio: Wave) -> tuple[list[Frames], Float[Tensor, "batch frames bottleneck"]]:
+    def _encode(self, audio: Wave) -> tuple[list[Frames], Float[Tensor, "batch frames bottleneck"]]:
         scales = self.encoder(audio)
         return scales, self.bottleneck(self.norm(torch.cat(scales, dim=2))).to(audio.dtype)
 
-    def _last_part(
+    def _decode(
         self,
         scales: list[Frames],
         frames: Float[Tensor, "batch frames bottleneck"],
@@ -146,10 +155,78 @@ class SpExPlus(Network):
         return tuple(estimates)
 
 
-def _to_whole_seconds(
+def _pad_to_whole_seconds(
     ref: Wave, ref_length: Lengths | None, sample_rate: int
 ) -> tuple[Float[Tensor, "batch padded"], Lengths]:
-    """Pad enrollments to whole seconds, so that the compiler meets few lengths."""
+    """Pad enrollments to whole seconds, so that the compiler sees few lengths."""
     if ref_length is None:
         ref_length = torch.full((len(ref),), ref.shape[1], device=ref.device)
     return F.pad(ref, (0, -ref.shape[1] % sample_rate)), ref_length
+
+
+class SpeakerEncoder(nn.Module):
+    """Encoded enrollment frames in, one embedding per enrollment out (SpEx+, Sec. 2.3).
+
+    Layers: cLN, 1x1 conv, three residual blocks, 1x1 conv, mean over the valid frames. The embedding does not depend on
+    padding or on the rest of the batch: norms, pooling and mean use valid frames only, and the mask follows the
+    length through the pooling exactly.
+    """
+
+    def __init__(self, in_channels: int, channels: int, hidden: int, speaker_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_channels)
+        self.expand = Pointwise(in_channels, channels)
+        self.blocks = nn.ModuleList(
+            [
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, hidden),
+                ResidualBlock(hidden, hidden),
+            ]
+        )
+        self.project = Pointwise(hidden, speaker_dim)
+
+    @property
+    def min_frames(self) -> int:
+        """The smallest number of frames that leaves one frame after all pooling."""
+        return int(POOLING ** len(self.blocks))
+
+    def forward(self, coded: Frames, mask: Mask | None = None) -> Float[Tensor, "batch speaker_dim"]:
+        """Return the embedding of each enrollment; each has at least `min_frames` valid frames."""
+        hidden = self.expand(self.norm(coded))
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+            mask = None if mask is None else -max_pool(-mask)
+        frames: Tensor = self.project(hidden).to(coded.dtype)
+        return frames.mean(1) if mask is None else (frames * mask).sum(1) / mask.sum(1)
+
+
+class ResidualBlock(nn.Module):
+    """1x1 conv, BN, PReLU, 1x1 conv, BN, skip connection, PReLU, max pooling over 3 frames (SpEx+, Fig. 2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = Pointwise(in_channels, out_channels, bias=False)
+        self.norm1 = ValidBatchNorm(out_channels)
+        self.prelu1 = nn.PReLU()
+        self.conv2 = Pointwise(out_channels, out_channels, bias=False)
+        self.norm2 = ValidBatchNorm(out_channels)
+        self.prelu2 = nn.PReLU()
+        self.skip = nn.Identity() if in_channels == out_channels else Pointwise(in_channels, out_channels, bias=False)
+
+    def forward(
+        self, frames: Float[Tensor, "batch frames in"], mask: Mask | None = None
+    ) -> Float[Tensor, "batch pooled out"]:
+        """Return a third as many frames."""
+        hidden = self.prelu1(self.norm1(self.conv1(frames), mask))
+        hidden = self.norm2(self.conv2(hidden), mask)
+        return max_pool(self.prelu2(hidden + self.skip(frames)))
+
+
+def max_pool(frames: Float[Tensor, "batch frames any"]) -> Float[Tensor, "batch pooled any"]:
+    """Return the maximum of each `POOLING` frames; leftover frames at the end are dropped.
+
+    This uses `maximum` because the gradient of `amax` divides by the number of maxima, which can be 0 if a compiler
+    compares rounded values with exact ones.
+    """
+    whole = frames.shape[1] // POOLING * POOLING
+    return functools.reduce(torch.maximum, (frames[:, first:whole:POOLING] for first in range(POOLING)))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onevoice.errors import ConfigError
 from onevoice.models import Network
-from onevoice.models.speaker import ValidBatchNorm
+from onevoice.models.layers import ValidBatchNorm
 
 Item = TypeVar("Item")
 

@@ -1,12 +1,14 @@
 """A complete experiment as one frozen config: what `train.py --c FILE` reads and a run folder keeps."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
 from onevoice.config import STRICT
+from onevoice.errors import ConfigError
 from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.models import ModelConfig, SpExPlusConfig
 from onevoice.training.loss import MultiLoss
@@ -196,6 +198,21 @@ class Experiment:
                 f"data.batch_size {self.data.batch_size} cannot be split into training.accumulate "
                 f"{self.training.accumulate} equal parts"
             )
+
+
+def fill_model_fields(experiment: Experiment, speakers: int) -> Experiment:
+    """Return the experiment with the model fields that training decides: `num_classes` if it is 0, and `has_level`.
+
+    Raises `ConfigError` if the classifier is too small for the training speakers.
+    """
+    classes = experiment.model.num_classes or speakers
+    if classes < speakers:
+        raise ConfigError(
+            f"model.num_classes: {classes} is too small for the {speakers} speakers of "
+            "the training data; set 0 to have them counted"
+        )
+    model = replace(experiment.model, num_classes=classes, has_level=experiment.loss.level > 0)
+    return replace(experiment, model=model)
 
 
 LASTING = (

@@ -1,24 +1,22 @@
-"""The training loss of SpEx+: multi-scale SI-SDR with speaker classification (arXiv 2005.04686, eq. 6–8)."""
+"""The training loss: SI-SDR of every estimate with speaker classification (SpEx+, arXiv 2005.04686, eq. 6–8)."""
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from onevoice.config import STRICT
+from onevoice.config import STRICT, Fraction
+from onevoice.errors import ConfigError
 from onevoice.models.base import Lengths, Prediction, Wave, valid_mask, zero_padding
 
-Weight = Annotated[float, Field(ge=0, le=1)]
 UNKNOWN_SPEAKER = -1
 """The class index of a speaker that the classifier does not know; such items add no cross-entropy."""
-
-
-ABSENT_LIMIT_DB = 30.0
-"""Suppression of an absent target's estimate beyond which nothing is gained."""
+MAX_SUPPRESSION_DB = 30.0
+"""The loss gains nothing from suppressing the estimate of an absent target further than this."""
 
 
 class LossTerms(NamedTuple):
@@ -28,7 +26,7 @@ class LossTerms(NamedTuple):
     si_sdr: Float[Tensor, ""]
     """Mean SI-SDR of the first estimate in dB over the items whose target speaks; higher is better."""
     cross_entropy: Float[Tensor, ""]
-    """Mean cross-entropy in nats over the items whose speaker is known; 0 where there is none."""
+    """Mean cross-entropy in nats over the items whose speaker is known; 0 if there are none."""
 
 
 def si_sdr(
@@ -36,20 +34,20 @@ def si_sdr(
 ) -> Float[Tensor, " batch"]:
     """Return the SI-SDR of each item in dB, differentiable; higher is better.
 
-    Both signals are centred over their valid samples and padding counts for nothing. `limit_db` is the value that a
-    perfect estimate approaches (as in Wisdom et al., arXiv 2006.12701, eq. 2), and `eps` keeps silence finite.
+    Both signals are centered over their valid samples; padding is ignored. `limit_db` is the value of a perfect
+    estimate (Wisdom et al., arXiv 2006.12701, eq. 2). `eps` keeps silence finite.
     Source: Le Roux et al., "SDR – half-baked or well done?", arXiv 1811.02508, eq. 3–5.
     """
     estimate, target = estimate.float(), target.float()
     valid = valid_mask(target.shape[1], length, target)
     count = target.shape[1] if valid is None else valid.sum(1, keepdim=True)
 
-    def centred(signal: Tensor) -> Tensor:
+    def center(signal: Tensor) -> Tensor:
         signal = signal if valid is None else signal * valid
         signal = signal - signal.sum(1, keepdim=True) / count
         return signal if valid is None else signal * valid
 
-    estimate, target = centred(estimate), centred(target)
+    estimate, target = center(estimate), center(target)
     scale = (estimate * target).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + eps)
     projection = scale * target
     signal_energy = projection.square().sum(1)
@@ -60,12 +58,12 @@ def si_sdr(
 
 
 def suppression(
-    estimate: Wave, mixture: Wave, length: Lengths | None = None, limit_db: float = ABSENT_LIMIT_DB
+    estimate: Wave, mixture: Wave, length: Lengths | None = None, limit_db: float = MAX_SUPPRESSION_DB
 ) -> Float[Tensor, " batch"]:
-    """Return how far each estimate lies below its mixture in dB, up to `limit_db`; for items without their target.
+    """Return how far each estimate lies below its mixture in dB, at most `limit_db`; for items with an absent target.
 
-    −10 log10(|e|² / |x|² + 10^(−limit_db / 10)): the energy of what should be silent, bounded, so that it cannot
-    outweigh the items whose target speaks.
+    −10 log10(|e|² / |x|² + 10^(−limit_db / 10)). The limit keeps these items from outweighing those whose target
+    speaks.
     """
     estimate, mixture = zero_padding(estimate.float(), length), zero_padding(mixture.float(), length)
     ratio = estimate.square().sum(1) / mixture.square().sum(1).clamp(min=1e-8)
@@ -82,28 +80,33 @@ def level_error(
 
 @dataclass(frozen=True, config=STRICT)
 class MultiLoss:
-    """−((1−alpha−beta) SI-SDR_short + alpha SI-SDR_middle + beta SI-SDR_long) + lambd · cross-entropy.
+    """−(w₁ SI-SDR₁ + w₂ SI-SDR₂ + …) + lambd · cross-entropy, with one weight per estimate of the network.
 
-    Where the target is silent, `suppression` stands in for the SI-SDR of each scale. From each present item's SI-SDR,
-    `level` times its `level_error` is taken off.
+    For SpEx+, −((1−alpha−beta) SI-SDR_short + alpha SI-SDR_middle + beta SI-SDR_long) + lambd · cross-entropy.
+    If the target of an item is silent, `suppression` replaces SI-SDR. For the other items, `level` times `level_error`
+    is subtracted from SI-SDR.
     """
 
-    alpha: Weight = 0.1
-    """Weight of the middle decoder's SI-SDR."""
-    beta: Weight = 0.1
-    """Weight of the long decoder's SI-SDR."""
+    alpha: Fraction = 0.1
+    """Weight of the second of three estimates: SpEx+'s middle decoder."""
+    beta: Fraction = 0.1
+    """Weight of the third of three estimates: SpEx+'s long decoder."""
+    weights: tuple[NonNegativeFloat, ...] | None = None
+    """One weight per estimate of the network. Null: 1 for one estimate; 1 − alpha − beta, alpha, beta for three."""
     lambd: NonNegativeFloat = 0.5
     """Weight of the speaker classification."""
     limit_db: PositiveFloat | None = None
-    """SI-SDR that no item can pass, softly; needed where mixtures are the target alone. Null is the paper's loss."""
+    """SI-SDR in dB of a perfect estimate; needed if mixtures can be the target alone. Null is the paper's loss."""
     level: NonNegativeFloat = 0.0
-    """Weight of the level. SI-SDR leaves the level of estimates open, and without one the silence that is asked for
-    where the target is absent is had by turning everything down."""
+    """Weight of the level error per dB. SI-SDR ignores the level, so without this weight a network can learn silence
+    for absent targets by turning down everything."""
 
     def __post_init__(self) -> None:
-        """Check that the short decoder keeps some weight."""
+        """Check that the first estimate has a weight, and the estimates in total."""
         if self.alpha + self.beta >= 1:
             raise ValueError(f"alpha + beta must be below 1, not {self.alpha + self.beta:g}")
+        if self.weights is not None and not sum(self.weights):
+            raise ValueError(f"weights: one must be above 0, not {list(self.weights)}")
 
     def __call__(
         self,
@@ -113,15 +116,16 @@ class MultiLoss:
         length: Lengths | None = None,
         mixture: Wave | None = None,
     ) -> LossTerms:
-        """Return the loss of a batch. `speaker` holds class indices, `UNKNOWN_SPEAKER` where there is none.
+        """Return the loss of a batch. `speaker` holds class indices, `UNKNOWN_SPEAKER` for an unknown speaker.
 
-        `mixture` is needed only for items without their target; they add nothing where it is not given.
+        Only items with an absent target need `mixture`; without it, they add nothing. Raises `ConfigError` unless
+        there is one weight per estimate.
         """
         present = target.abs().amax(1) > 0
         estimates = prediction["predicted_audio"]
         ratios = [si_sdr(estimate, target, length, self.limit_db) for estimate in estimates]
-        weights, gain = (1 - self.alpha - self.beta, self.alpha, self.beta), target.new_zeros(())
-        for weight, estimate, ratio in zip(weights, estimates, ratios, strict=True):
+        gain = target.new_zeros(())
+        for weight, estimate, ratio in zip(self.weights_of(len(estimates)), estimates, ratios, strict=True):
             absent = target.new_zeros(len(target)) if mixture is None else suppression(estimate, mixture, length)
             speaking = ratio - self.level * level_error(estimate, target, length) if self.level else ratio
             gain = gain + weight * torch.where(present, speaking, absent).mean()
@@ -134,3 +138,15 @@ class MultiLoss:
         )
         mean_si_sdr = (ratios[0] * present).sum() / present.sum().clamp(min=1)
         return LossTerms(self.lambd * cross_entropy - gain, mean_si_sdr, cross_entropy)
+
+    def weights_of(self, count: int) -> tuple[float, ...]:
+        """Return the weights of `count` estimates. Raises `ConfigError` if the config does not give that many."""
+        defaults = {1: (1.0,), 3: (1 - self.alpha - self.beta, self.alpha, self.beta)}
+        weights = defaults.get(count, ()) if self.weights is None else self.weights
+        if len(weights) != count:
+            given = "null" if self.weights is None else f"{len(weights)} weights"
+            raise ConfigError(
+                f"loss.weights: the network gives {count} estimates and this is {given}; set {count} weights, "
+                "the first for the estimate that users get"
+            )
+        return weights

@@ -17,21 +17,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onevoice.config import to_dict
-from onevoice.devices import pick_device
 from onevoice.errors import ConfigError, TrainingError, WorkerError
 from onevoice.extraction.checkpoint import Card, load_state, load_weights, provenance, save_checkpoint
 from onevoice.files import atomic_write
+from onevoice.models.base import pick_device
 from onevoice.processes import StopRequest, keep_freed_memory, stop_requests
 from onevoice.training.batches import ValidationTrials, open_source
 from onevoice.training.distributed import SINGLE_PROCESS, Group, open_group
-from onevoice.training.experiment import Experiment
+from onevoice.training.experiment import Experiment, fill_model_fields
 from onevoice.training.state import TrainingState
 from onevoice.training.step import Learner, is_out_of_memory
 from onevoice.training.terminal import Display
@@ -81,7 +80,7 @@ class Trainer:
         data, rate, seed = experiment.data, experiment.model.sample_rate, experiment.seed
         self.source = open_source(data, rate, seed, self.device, group.share)
         self.validation_trials = ValidationTrials(data, rate, seed, self.device, group.share)
-        self.experiment = experiment = fill_in_classes(experiment, len(self.source.speakers))
+        self.experiment = experiment = fill_model_fields(experiment, len(self.source.speakers))
         self.folder = Path(experiment.runs_folder) / experiment.name
         self.steps_per_epoch = min(
             self.source.steps_per_epoch, experiment.training.steps_per_epoch or self.source.steps_per_epoch
@@ -219,7 +218,6 @@ class Trainer:
             "best_validation_si_sdri_db": progress.best if math.isfinite(progress.best) else None,
             "experiment": self.experiment.name,
             "data": to_dict(self.experiment.data.train),
-            "levelled": self.experiment.loss.level > 0,
             **({} if average is None else {"ema": average.decay}),
             **provenance(),
         }
@@ -301,17 +299,6 @@ def check_shares(experiment: Experiment, group: Group) -> None:
             "training.on_out_of_memory: one process cannot halve its parts while the others wait for it; "
             "set training.accumulate instead"
         )
-
-
-def fill_in_classes(experiment: Experiment, speakers: int) -> Experiment:
-    """Return the experiment with the number of speakers for `model.num_classes` 0; raise `ConfigError` if too small."""
-    classes = experiment.model.num_classes or speakers
-    if classes < speakers:
-        raise ConfigError(
-            f"model.num_classes: {classes} is too small for the {speakers} speakers of "
-            "the training data; set 0 to have them counted"
-        )
-    return replace(experiment, model=replace(experiment.model, num_classes=classes))
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import CheckpointError, ConfigError
 from onevoice.extraction.checkpoint import load_pickled, load_state, resume_path, save_resume
-from onevoice.models import Network, build_model
+from onevoice.models import MODELS, Network
 from onevoice.rng import derive_seed
 from onevoice.training.distributed import Group
-from onevoice.training.experiment import Experiment, changed_settings
+from onevoice.training.experiment import Experiment, changed_settings, fill_model_fields
 from onevoice.training.optim import RunningAverage, Scheduler, WarmupStableDecay, build_optimizer, build_scheduler
 
 LOGGED_MEANS = {"loss": "steps", "cross_entropy": "steps", "gradient_norm": "steps", "si_sdr_db": "speaking"}
@@ -73,7 +73,7 @@ class TrainingState:
         """Return the state before the first of `steps` steps, with fresh weights drawn from the seed."""
         settings = experiment.training
         torch.manual_seed(derive_seed(experiment.seed, "weights") % 2**63)
-        model = build_model(experiment.model).to(device)
+        model = MODELS[experiment.model.name](experiment.model).to(device)
         optimizer = build_optimizer(model, experiment.optimizer)
         return cls(
             model=model,
@@ -180,12 +180,13 @@ def _read(
         )
     saved = load_pickled(path)
     try:
-        before = to_dict(from_dict(Experiment, json.loads(saved["experiment"])))  # with defaults for new keys
+        before = from_dict(Experiment, json.loads(saved["experiment"]))  # with defaults for new keys
+        before = fill_model_fields(before, len(saved["speakers"]))
         same_data = (list(saved["speakers"]), saved["data"]) == (list(speakers), data_digest)
         Progress(**saved["progress"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a resume file ({error}); use --load to take weights alone") from error
-    changed = changed_settings(before, to_dict(experiment)) + ([] if same_data else ["the training data"])
+    changed = changed_settings(to_dict(before), to_dict(experiment)) + ([] if same_data else ["the training data"])
     if changed:
         raise CheckpointError(
             f"{path}: was made with other settings ({', '.join(changed)}); resume with its own config "

@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from onevoice.devices import missing_for_compiling
 from onevoice.errors import TrainingError
 from onevoice.models import Batch, to_network
-from onevoice.models.activations import checkpoint_blocks
+from onevoice.models.base import missing_for_compiling
 from onevoice.training.distributed import Group, distribute, sync_gradients
 from onevoice.training.experiment import Experiment
 from onevoice.training.loss import LossTerms
@@ -41,8 +40,7 @@ class Learner:
         self.experiment, self.state, self.device, self.group = experiment, state, device, group
         self.say, self.log = say, log
         state.model.compiled = settings.compile and self._can_compile()
-        if settings.checkpoint_activations:
-            checkpoint_blocks(state.model)
+        state.model.recompute = settings.checkpoint_activations
         self.network: nn.Module = distribute(state.model, group)
         """What predicts: the model, or in a group a wrapper that averages gradients over the processes."""
         self.precision = PRECISIONS[settings.precision]
