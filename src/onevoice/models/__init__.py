@@ -18,7 +18,7 @@ MODELS: dict[str, type[Network]] = {network.config_class.name: network for netwo
 """Every network by the name in its config: `MODELS[config.name](config)` builds it with random weights."""
 
 
-def read_name(section: Any) -> str:
+def name(section: Any) -> str:
     """Return the name of the network that a config section describes; SpEx+ if it has none."""
     default = SpExPlusConfig.name
     return str(section.get("name", default) if isinstance(section, dict) else getattr(section, "name", default))
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     ModelConfig = NetworkConfig
 else:
     ModelConfig = Annotated[
-        functools.reduce(operator.or_, (Annotated[each.config_class, Tag(name)] for name, each in MODELS.items())),
-        Discriminator(read_name),
+        functools.reduce(operator.or_, (Annotated[each.config_class, Tag(key)] for key, each in MODELS.items())),
+        Discriminator(name),
     ]
     """The config of any of the networks; a config section selects one by its `name`."""
 

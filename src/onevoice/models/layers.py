@@ -308,7 +308,7 @@ class SpeechDecoder(nn.Module):
         self.window, self.hop = window, hop
         bound = 1.0 / math.sqrt(window)
         self.level = hop / (window * filters)
-        """Turns the sum over filters and overlapping windows into a mean, which is near the level of the encoder's input."""
+        """Turns the sum over filters and overlapping windows into a mean, near the level of the encoder's input."""
         self.weight = nn.Parameter(torch.empty(filters, window).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(1).uniform_(-bound, bound))
 
