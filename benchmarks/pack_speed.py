@@ -1,11 +1,11 @@
-"""How fast a corpus is packed, and how fast crops are read from the pack against decoding the files.
+"""Measure how fast a corpus is packed, and how fast crops are read from the pack instead of the audio files.
 
     python benchmarks/pack_speed.py [--corpus SOURCE ...] [--workers 1] [--crops 300] [--repeats 5] [--seconds 4]
 
-Packing is timed whole, with the SHA-256 and the flush to disk. Then the same crops, drawn by speaker, are read from
-the pack and by decoding the whole utterance and cutting it, which is what compressed files ask for; from a WAV file
-only the crop is read. Runs alternate, in one process; medians. The pack lies in the page cache, as do the files.
-Without a corpus, toy voices of 6–16 s at 16 kHz are written to a temporary folder as FLAC.
+Packing is timed in full, with the SHA-256 and the flush to disk. Then the same crops, drawn by speaker, are read in
+three ways: from the pack, by decoding the whole utterance (as compressed files require), and from the middle of a WAV
+file. The three alternate in one process, and medians are printed. The pack and the files are in the page cache. By
+default, the corpus consists of toy voices of 6 to 16 s at 16 kHz, written to a temporary folder as FLAC.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Sound files: what comes back is what went in, at the rate asked for, or it is an error."""
+"""Audio files: what comes back is what went in, at the requested sample rate, or it is an error."""
 
 import struct
 from pathlib import Path
@@ -31,12 +31,13 @@ def sine(frequency: float, sample_rate: int, seconds: float = 1.0, amplitude: fl
 
 def si_sdr_db(estimate: np.ndarray, target: np.ndarray) -> float:
     estimate, target = estimate - estimate.mean(), target - target.mean()
-    shadow = (estimate @ target) / (target @ target) * target
-    return float(10 * np.log10((shadow @ shadow) / ((estimate - shadow) @ (estimate - shadow))))
+    projection = (estimate @ target) / (target @ target) * target
+    residual = estimate - projection
+    return float(10 * np.log10((projection @ projection) / (residual @ residual)))
 
 
 def test_float_wav_is_exact(tmp_path: Path) -> None:
-    samples = np.random.default_rng(0).standard_normal(999).astype(np.float32) * 3  # beyond full scale too
+    samples = np.random.default_rng(0).standard_normal(999).astype(np.float32) * 3  # some beyond full scale
     write_audio(tmp_path / "a.wav", samples, 11_025, subtype="FLOAT")
     back, rate = read_audio(tmp_path / "a.wav")
     assert (rate, back.dtype) == (11_025, np.float32)
@@ -44,14 +45,14 @@ def test_float_wav_is_exact(tmp_path: Path) -> None:
 
 
 @given(arrays(np.float32, st.integers(1, 50), elements=st.floats(-1.5, 1.5, width=32)))
-def test_pcm16_is_the_nearest_value(samples: np.ndarray) -> None:
+def test_pcm16_rounds_to_the_nearest_value(samples: np.ndarray) -> None:
     codes = to_pcm16(samples)
     inside = np.clip(samples, -1, 32767 / 32768)
     assert np.abs(codes / 32768 - inside.astype(np.float64)).max() <= 0.5 / 32768
     np.testing.assert_array_equal(to_pcm16(codes.astype(np.float32) / np.float32(32768)), codes)
 
 
-def test_written_pcm16_is_the_rounded_one(tmp_path: Path) -> None:
+def test_written_pcm16_is_rounded(tmp_path: Path) -> None:
     samples = np.array([0.6, -0.6, 1.4, -1.4, 32767.0, -32768.0, 40000.0, -40000.0], np.float32) / 32768
     for ending in (".wav", ".flac"):
         write_audio(tmp_path / f"a{ending}", samples, 8000)
@@ -60,8 +61,8 @@ def test_written_pcm16_is_the_rounded_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", list(FORMATS))
-def test_every_format_comes_back(tmp_path: Path, ending: str) -> None:
-    """Rate and length agree and the wave is the same: to 16 bits, or above 15 dB for the lossy ones."""
+def test_every_format_survives_a_round_trip(tmp_path: Path, ending: str) -> None:
+    """The rate and length agree, and so does the waveform: to 16 bits, or above 15 dB in lossy formats."""
     samples = sine(440, 16_000) + sine(1000, 16_000, amplitude=0.2)
     write_audio(tmp_path / f"a{ending.upper()}", samples, 16_000)
     back, rate = read_audio(tmp_path / f"a{ending.upper()}")
@@ -98,7 +99,7 @@ def test_a_resampled_sine_is_that_sine(tmp_path: Path, from_rate: int, frequency
     np.testing.assert_allclose(samples[1000:15_000], sine(frequency, 16_000)[1000:15_000], atol=0.0005)
 
 
-def test_what_lies_above_half_the_new_rate_is_gone() -> None:
+def test_frequencies_above_half_the_new_rate_are_removed() -> None:
     assert np.abs(resample(sine(6000, 48_000), 48_000, 8000)[500:-500]).max() < 0.0005
 
 
@@ -119,7 +120,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.xyz", "a", "a.raw", "a.xi", ".wav"])
-def test_unknown_endings_are_refused(tmp_path: Path, name: str) -> None:
+def test_unknown_extensions_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(AudioError, match=r"unknown extension .*; use \.wav"):
         require_writable_format(tmp_path / name)
     with pytest.raises(AudioError, match="unknown extension"):
@@ -138,8 +139,8 @@ def test_a_truncated_file_is_an_error(tmp_path: Path, ending: str, kept: float) 
         read_audio(path)
 
 
-def test_a_wav_written_to_a_pipe_is_whole(tmp_path: Path) -> None:
-    """Its writer could not know the length, and wrote 2³² − 1 as ffmpeg does."""
+def test_a_wav_written_to_a_pipe_is_complete(tmp_path: Path) -> None:
+    """Its writer did not know the length and wrote 2³² − 1, as ffmpeg does."""
     write_audio(tmp_path / "a.wav", sine(440, 8000), 8000)
     data = bytearray((tmp_path / "a.wav").read_bytes())
     assert data[36:40] == b"data"
@@ -149,7 +150,7 @@ def test_a_wav_written_to_a_pipe_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 999, 2_000_000])
-def test_a_damaged_header_does_not_eat_the_memory(tmp_path: Path, rate: int) -> None:
+def test_a_damaged_header_does_not_fill_the_memory(tmp_path: Path, rate: int) -> None:
     write_audio(tmp_path / "a.wav", sine(440, 8000), 8000)
     data = bytearray((tmp_path / "a.wav").read_bytes())
     data[24:28] = struct.pack("<I", rate)
@@ -163,7 +164,7 @@ def test_a_damaged_header_does_not_eat_the_memory(tmp_path: Path, rate: int) -> 
     [(None, "no such file"), (b"", "empty"), (b"Hello, this is text.\n" * 9, "cannot be decoded")],
 )
 @pytest.mark.parametrize("ending", [".wav", ".raw"])
-def test_what_is_no_sound(tmp_path: Path, content: bytes | None, message: str, ending: str) -> None:
+def test_what_is_not_audio(tmp_path: Path, content: bytes | None, message: str, ending: str) -> None:
     path = tmp_path / f"a{ending}"
     if content is not None:
         path.write_bytes(content)
@@ -181,7 +182,7 @@ def test_nan_in_a_file(tmp_path: Path) -> None:
         read_audio(tmp_path / "a.wav")
 
 
-def test_finite_and_sound() -> None:
+def test_checks_for_finite_and_silent_samples() -> None:
     require_finite(np.zeros(3, np.float32), "x")
     require_not_silent(np.array([0.0, 1e-30], np.float32), "x")
     for bad, message in ((np.zeros(0, np.float32), "no samples"), (np.array([np.nan], np.float32), "NaN")):

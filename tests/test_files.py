@@ -1,4 +1,4 @@
-"""Files are whole under their name or not there at all."""
+"""Files are complete under their name or do not exist."""
 
 import resource
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def test_content_and_folders_appear(tmp_path: Path, durable: bool) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["c.bin"]
 
 
-def test_a_writer_that_takes_a_path(tmp_path: Path) -> None:
+def test_a_function_writes_to_a_temporary_path(tmp_path: Path) -> None:
     seen: list[Path] = []
 
     def write(path: Path) -> None:
@@ -38,11 +38,11 @@ def test_a_writer_that_takes_a_path(tmp_path: Path) -> None:
     atomic_write(tmp_path / "a.bin", write)
     assert (tmp_path / "a.bin").read_bytes() == b"content"
     assert seen[0].parent == tmp_path
-    assert seen[0].name.startswith(".")  # passed over by whoever lists sound files
+    assert seen[0].name.startswith(".")  # hidden, so a listing of audio files ignores it
     assert not seen[0].exists()
 
 
-def test_the_old_content_stands_until_the_new_is_whole(tmp_path: Path) -> None:
+def test_the_old_content_stays_until_the_new_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     atomic_write(path, b"old")
 
@@ -66,7 +66,7 @@ def test_a_full_disk(tmp_path: Path, small_disk: int) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "a.bin", tmp_path / "folder", tmp_path / ("n" * 300)):
@@ -75,7 +75,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_only_errors_of_storage_are_turned(tmp_path: Path) -> None:
+def test_only_os_errors_become_storage_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), storage_errors(tmp_path):
         raise ValueError("mine")
     with pytest.raises(StorageError, match="odd"), storage_errors(tmp_path):

@@ -1,4 +1,4 @@
-"""Randomness by place, and the conversions of units."""
+"""Random numbers by place, and conversions of units."""
 
 import subprocess
 import sys
@@ -15,19 +15,19 @@ PLACES = st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=4).map
 
 
 @given(st.integers(), PLACES, st.integers(), PLACES)
-def test_equal_seeds_for_equal_places_alone(seed: int, place: tuple, other: int, elsewhere: tuple) -> None:
+def test_only_equal_places_have_equal_seeds(seed: int, place: tuple, other: int, elsewhere: tuple) -> None:
     same = (seed, *place) == (other, *elsewhere) and [*map(type, place)] == [*map(type, elsewhere)]
     if not any("\x1f" in part for part in (*place, *elsewhere) if isinstance(part, str)):
         assert (derive_seed(seed, *place) == derive_seed(other, *elsewhere)) == same
 
 
-def test_words_numbers_and_borders_differ() -> None:
+def test_types_and_boundaries_of_places_matter() -> None:
     places: list[tuple[str | int, ...]] = [(), ("1",), (1,), ("a", "b"), ("ab",), ("b", "a"), ("a", 1), ("a1",)]
     assert len({derive_seed(0, *place) for place in places}) == len(places)
     assert all(0 <= derive_seed(0, *place) < 2**128 for place in places)
 
 
-def test_the_same_in_another_process() -> None:
+def test_another_process_draws_the_same() -> None:
     code = "from onevoice.rng import derive; print(derive(3, 'mix', 17).integers(2**60))"
     printed = {
         subprocess.run(
@@ -38,8 +38,8 @@ def test_the_same_in_another_process() -> None:
     assert printed == {f"{derive(3, 'mix', 17).integers(2**60)}\n"}
 
 
-def test_what_is_drawn_looks_independent() -> None:
-    """Means of neighbouring places spread as those of independent draws: standard deviation 1/√12n, to a fifth."""
+def test_draws_of_neighboring_places_look_independent() -> None:
+    """Means of neighboring places spread like those of independent draws: standard deviation 1/√12n, within 20 %."""
     means = [derive(0, "train", epoch, index).random(100).mean() for epoch in range(20) for index in range(50)]
     assert np.mean(means) == pytest.approx(0.5, abs=4 / np.sqrt(12 * 100 * 1000))
     assert np.std(means) == pytest.approx(1 / np.sqrt(12 * 100), rel=0.2)
@@ -58,13 +58,13 @@ def test_a_sine_is_3_db_below_its_peak() -> None:
     assert rms_dbfs(sine) == pytest.approx(10 * np.log10(0.5), abs=1e-4)
 
 
-def test_silence_and_nothing() -> None:
+def test_silence_and_an_empty_array() -> None:
     assert rms_dbfs(np.zeros(5)) == rms_dbfs(np.zeros(0)) == -np.inf
     assert power(np.zeros(0, np.float32)) == 0
 
 
-def test_power_does_not_lose_small_things_in_float32() -> None:
-    samples = np.full(3_000_000, 1e-25, np.float32)  # its square is no float32
+def test_power_does_not_underflow_in_float32() -> None:
+    samples = np.full(3_000_000, 1e-25, np.float32)  # its square underflows in float32
     assert power(samples) == pytest.approx(1e-50, rel=1e-3, abs=0)
 
 

@@ -43,9 +43,9 @@ Json = dict[str, Any]
 
 
 def load_config(kind: type[Section], path: str | Path, overrides: Sequence[str] = ()) -> Section:
-    """Read a JSON file as the section `kind`, after applying `overrides` of the form `a.b.c=value`.
+    """Read the section `kind` from a JSON file, after applying `overrides` of the form `a.b.c=value`.
 
-    Raises `ConfigError` for a missing file, broken JSON, or anything that does not fit.
+    Raises `ConfigError` for a missing file, invalid JSON, or values that do not fit.
     """
     path = Path(path)
     try:
@@ -62,35 +62,35 @@ def load_config(kind: type[Section], path: str | Path, overrides: Sequence[str] 
 
 
 def from_dict(kind: type[Section], values: Mapping[str, Any], name: str = "config") -> Section:
-    """Build the section `kind` from plain JSON values, all of them checked. `name` opens a message.
+    """Build the section `kind` from plain JSON values and check all of them; error messages start with `name`.
 
-    A section may have a static method `upgrade` that rewrites values of earlier versions.
+    If the section has a static method `upgrade`, it rewrites the values of earlier versions first.
     """
     upgrade = getattr(kind, "upgrade", None)
     values = values if upgrade is None else upgrade(values)
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        complaints = "; ".join(_complaint(kind, item) for item in error.errors(include_url=False))
-        raise ConfigError(f"{name}: {complaints}") from error
+        problems = "; ".join(_explain(kind, item) for item in error.errors(include_url=False))
+        raise ConfigError(f"{name}: {problems}") from error
 
 
 def to_dict(section: Any) -> Json:
-    """Return a section as plain JSON values; `from_dict` gives the section back."""
+    """Return a section as plain JSON values, from which `from_dict` builds it again."""
     return typing.cast(Json, TypeAdapter(type(section)).dump_python(section, mode="json"))
 
 
 def json_schema(kind: type[Any]) -> Json:
-    """Return the JSON Schema of a section, with the defaults."""
+    """Return the JSON Schema of a section, with defaults and descriptions."""
     return TypeAdapter(kind).json_schema()
 
 
 def override(values: Mapping[str, Any], overrides: Sequence[str]) -> Json:
-    """Return `values` with each `a.b.c=value` set; the value is JSON, or a bare string where it is not."""
+    """Return `values` with each `a.b.c=value` set; a value that is not JSON is taken as a string."""
     result: Json = json.loads(json.dumps(values))
     for item in overrides:
-        key, sign, text = item.partition("=")
-        if not sign or not key:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
             raise ConfigError(f"--set {item}: write it as key=value, for example --set training.epochs=3")
         *parents, last = key.split(".")
         node = result
@@ -113,19 +113,22 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     return dict(pairs)
 
 
-def _complaint(kind: type[Any], item: Any) -> str:
-    unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-    place, keys = _follow(kind, item["loc"][:-1] if unknown else item["loc"])
-    path = ".".join(str(part) for part in [*place, *(item["loc"][-1:] if unknown else ())]) or "(top level)"
+def _explain(kind: type[Any], item: Any) -> str:
+    """Return one of pydantic's errors in our words: the full path of the key, and what is wrong with it."""
+    is_unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    place, keys = _follow(kind, item["loc"][:-1] if is_unknown else item["loc"])
+    path = ".".join(str(part) for part in [*place, *(item["loc"][-1:] if is_unknown else ())]) or "(top level)"
     context = item.get("ctx", {})
-    if unknown:
-        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
+    if is_unknown:
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(keys)}"
         return f"{path}: unknown key; {hint}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{path}: is required and missing"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        key = context["discriminator"].strip("'").removesuffix("()")  # the key, or a function that is named after it
+        if not isinstance(item["input"], dict):
+            return f"{path}: input should be an object, not {json.dumps(item['input'])}"
+        key = context["discriminator"].strip("'").removesuffix("()")  # the key, or a function named after it
         path = f"{path}.{key}" if key in keys else path
         if "tag" not in context:
             return f"{path}: is required and missing"
@@ -138,7 +141,7 @@ def _complaint(kind: type[Any], item: Any) -> str:
 
 
 def _follow(kind: Any, place: Sequence[str | int]) -> tuple[list[str | int], list[str]]:
-    """Follow an error's place below `kind`; return it without pydantic's tags of union members, and the keys there."""
+    """Return an error's place below `kind` without pydantic's tags for union members, and the known keys there."""
     options, path = [kind], []
     for part in place:
         tagged = [option for option in options if part in _tags(option)] if len(options) > 1 else []
@@ -153,7 +156,7 @@ def _follow(kind: Any, place: Sequence[str | int]) -> tuple[list[str | int], lis
 
 
 def _tags(section: Any) -> list[Any]:
-    """Return the words by which a section can be told from the other members of a union."""
+    """Return the words that tell a section from the other members of a union."""
     hints = typing.get_type_hints(section).values()
     return [word for hint in hints if typing.get_origin(hint) is typing.Literal for word in typing.get_args(hint)]
 

@@ -1,7 +1,7 @@
-"""Decibels, powers and lengths: the conversions that every other module shares.
+"""Conversions that all modules share: decibels, powers and lengths.
 
-Levels end in `_db`: 20 log10 of an amplitude ratio, which is 10 log10 of a power ratio. dBFS is relative to a
-full-scale amplitude of 1.0, by root mean square.
+Names of levels end in `_db`: 20 log10 of an amplitude ratio, or 10 log10 of a power ratio. A level in dBFS is the root
+mean square relative to a full-scale amplitude of 1.0.
 """
 
 import numpy as np
@@ -19,11 +19,11 @@ def power(samples: Float[np.ndarray, "*channels samples"]) -> float:
 
 
 def rms_dbfs(samples: Float[np.ndarray, "*channels samples"]) -> float:
-    """Return the root-mean-square level in dB relative to amplitude 1; −inf for silence."""
+    """Return the root-mean-square level in dB relative to an amplitude of 1; −inf for silence."""
     value = power(samples)
     return float(10.0 * np.log10(value)) if value > 0 else -np.inf
 
 
 def to_samples(seconds: float, sample_rate: int) -> int:
-    """Return a duration in seconds as the nearest whole number of samples."""
+    """Return a duration in seconds as a number of samples, rounded to the nearest."""
     return round(seconds * sample_rate)
