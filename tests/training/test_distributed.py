@@ -19,7 +19,7 @@ from onevoice.extraction.checkpoint import load_pickled
 from onevoice.training.distributed import Group, group_from_environment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
-from onevoice.trials.trials import part_of
+from onevoice.trials.batching import share_of_batch
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CHANGES: dict[str, Any] = {
@@ -169,7 +169,7 @@ def test_shares_make_up_the_batch_and_its_parts(parts: int) -> None:
     """Which items meet in a part does not depend on the number of processes."""
     batch = torch.randperm(16).numpy()
     for count in (1, 2, 4):
-        shares = [part_of(batch, (number, count)) for number in range(count)]
+        shares = [share_of_batch(batch, (number, count)) for number in range(count)]
         for part, whole in enumerate(np.split(batch, parts)):
             assert {value for share in shares for value in np.split(share, parts)[part]} == set(whole)
 

@@ -13,7 +13,7 @@ from onevoice.audio import pcm16_round_trip
 from onevoice.errors import AudioError, CorpusError, MissingDependencyError
 from onevoice.trials.librimix import (
     FADE_SAMPLES,
-    LibriMixSound,
+    LibriMixFile,
     MetadataRow,
     Scaled,
     extend_noise,
@@ -39,7 +39,7 @@ def test_every_sound_is_the_official_file_bit_by_bit(
     clipped = 0
     for row in rows:
         for name in (*(f"s{k + 1}" for k in range(sources)), "noise", *TYPES):
-            samples, rendered_rate = LibriMixSound(row, rate, mode, name).render()
+            samples, rendered_rate = LibriMixFile(row, rate, mode, name).render()
             written, file_rate = soundfile.read(folder / name / f"{row.mixture_id}.wav", dtype="int16")
             assert rendered_rate == file_rate == rate
             assert samples.dtype == np.float32
@@ -71,7 +71,7 @@ def test_noise_fades_into_itself() -> None:
     constant = np.full(9000, 0.25, np.float32)
     np.testing.assert_allclose(extend_noise(constant, 40_000), 0.25, atol=1e-12)
     assert extend_noise(noise, 30_000).dtype == np.float32
-    with pytest.raises(CorpusError, match="too short to prolong"):
+    with pytest.raises(CorpusError, match="too short to extend"):
         extend_noise(noise[:FADE_SAMPLES], FADE_SAMPLES + 1)
 
 
@@ -79,9 +79,7 @@ def test_mixture_is_the_sum_of_its_sources(toy: Toy) -> None:
     """Up to the last bit of each file, where nothing clips."""
     row = read_metadata(toy.metadata[3], toy.librispeech, toy.wham)[0]
     quiet = dataclasses.replace(row, sources=tuple(dataclasses.replace(s, gain=0.2 * s.gain) for s in row.sources))
-    sounds = {
-        name: LibriMixSound(quiet, 16000, "max", name).render()[0] for name in ("s1", "s2", "s3", *TYPES, "noise")
-    }
+    sounds = {name: LibriMixFile(quiet, 16000, "max", name).render()[0] for name in ("s1", "s2", "s3", *TYPES, "noise")}
     total = sounds["s1"] + sounds["s2"] + sounds["s3"]
     np.testing.assert_allclose(sounds["mix_clean"], total, atol=4 / 32768)
     np.testing.assert_allclose(sounds["mix_both"], total + sounds["noise"], atol=5 / 32768)
@@ -103,15 +101,15 @@ HEAD = "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain,noise
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1,2\n", "lacks the columns mixture_ID"),
-        ("mixture_ID,source_1_path,source_1_gain\nx,y,1\n", "lacks the columns .*source_2_path"),
-        (HEAD.replace(",noise_gain", ""), "lacks the columns noise_gain"),
+        ("a,b\n1,2\n", "columns are missing: mixture_ID"),
+        ("mixture_ID,source_1_path,source_1_gain\nx,y,1\n", "columns are missing: .*source_2_path"),
+        (HEAD.replace(",noise_gain", ""), "columns are missing: noise_gain"),
         (HEAD + "x,a,1,b,loud,n,1\n", r"m\.csv:2: source_2 has the path 'b' and the gain 'loud'"),
         (HEAD + "x,a,nan,b,1,n,1\n", "source_1 has the path 'a' and the gain 'nan'"),
         (HEAD + "x,a,1,b,1\n", "noise has the path '' and the gain ''"),
-        (HEAD + "x,a,1,b,1,n,1\nx,a,1,b,1,n,1\n", r"m\.csv:3: mixture 'x' stands twice"),
+        (HEAD + "x,a,1,b,1,n,1\nx,a,1,b,1,n,1\n", r"m\.csv:3: mixture 'x' appears twice"),
         (HEAD + "../x,a,1,b,1,n,1\n", "cannot be a mixture_ID"),
-        ("", "lacks the columns mixture_ID"),
+        ("", "columns are missing: mixture_ID"),
     ],
 )
 def test_broken_metadata_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:
@@ -127,12 +125,12 @@ def test_unusable_files_are_named(toy: Toy, tmp_path: Path) -> None:
     row = read_metadata(toy.metadata[2], toy.librispeech)[0]
 
     def render(name: str = "mix_clean", **changes: object) -> None:
-        LibriMixSound(dataclasses.replace(row, **changes), 16000, "min", name).render()
+        LibriMixFile(dataclasses.replace(row, **changes), 16000, "min", name).render()
 
     with pytest.raises(AudioError, match=r"none\.flac: no such file"):
         render(sources=(row.sources[0], Scaled(tmp_path / "none.flac", 1.0)))
     soundfile.write(tmp_path / "slow.wav", np.zeros(8000), 8000)
-    with pytest.raises(CorpusError, match=r"slow\.wav: is at 8000 Hz; LibriMix is made of files at 16000 Hz"):
+    with pytest.raises(CorpusError, match=r"slow\.wav: is at 8000 Hz; LibriMix needs files at 16000 Hz"):
         render(sources=(row.sources[0], Scaled(tmp_path / "slow.wav", 1.0)))
     with pytest.raises(CorpusError, match="name the folder of the WHAM noise"):
         render("mix_both")

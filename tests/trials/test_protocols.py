@@ -21,21 +21,20 @@ from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
 from onevoice.mixing.folder import MANIFEST
 from onevoice.models import SpExPlus, SpExPlusConfig
-from onevoice.trials import (
+from onevoice.trials import export_trials, open_trials
+from onevoice.trials.batching import TrialDataset, collate, load_trial
+from onevoice.trials.config import (
     EnrollmentDraw,
     EnrollmentMapFile,
     FolderTrials,
     LibriMixMetadataTrials,
     LibriMixTrials,
     Wsj0Trials,
-    enrollment_map,
-    export_trials,
-    open_trials,
-    read_map,
-    write_map,
 )
-from onevoice.trials.enrollment import Mixture, draw, mixture_pool, speaker_of
-from onevoice.trials.trials import Trial, TrialDataset, collate, find_trials, load_trial
+from onevoice.trials.enrollment import Mixture, draw, mixture_pool, read_map, speaker_of, write_map
+from onevoice.trials.librimix_trials import enrollment_map
+from onevoice.trials.opening import find_trials
+from onevoice.trials.trial import Trial
 
 LibriMix = LibriMixTrials | LibriMixMetadataTrials
 
@@ -165,7 +164,7 @@ def test_draw_from_whole_utterances(toy: Toy, tree: Path) -> None:
             assert trial.enrollment == toy.librispeech / entry
             assert Path(entry).stem != key[1]
             np.testing.assert_array_equal(load_trial(trial, 16000)[2], read_audio(toy.librispeech / entry)[0])
-    with pytest.raises(ConfigError, match="librispeech_dir: is needed"):
+    with pytest.raises(ConfigError, match="librispeech_dir: is required"):
         open_trials(on_disk(tree, enrollment=enrollment))
 
 
@@ -201,10 +200,10 @@ def test_maps_name_sources_or_files(toy: Toy, tmp_path: Path, entry: str) -> Non
     [
         (f"{MIXTURE} spk000-07-0000", "map:2: has 2 fields"),
         (f"{MIXTURE} spk001-07-0001 s2/{OTHER} x", "map:2: has 4 fields"),
-        (f"{MIXTURE} spk000-07-0000 s1/{OTHER}", "map:2: spk000-07-0000 in .* stands twice"),
+        (f"{MIXTURE} spk000-07-0000 s1/{OTHER}", "map:2: spk000-07-0000 in .* appears twice"),
         ("nobody-1-1_x-1-1 nobody-1-1 s1/nobody-1-2_y-1-1", "map:2: mixture 'nobody-1-1_x-1-1' is not in"),
         (f"{MIXTURE} spk003-07-0001 s1/{OTHER}", "map:2: mixture '.*' has no utterance 'spk003-07-0001'"),
-        (f"{MIXTURE} spk001-07-0001 s1/{OTHER}", "map:2: the enrollment s1/.* is not of speaker spk001"),
+        (f"{MIXTURE} spk001-07-0001 s1/{OTHER}", "map:2: the enrollment s1/.* is not from speaker spk001"),
         (f"{MIXTURE} spk001-07-0001 s3/{OTHER}", "map:2: the enrollment s3/.* is not in this LibriMix"),
         (f"{MIXTURE} spk001-07-0001 s1/x-1-1_y-1-1", "map:2: the enrollment s1/x-1-1_y-1-1 is not in"),
         (
@@ -226,7 +225,7 @@ def test_bad_lines_of_a_map_are_named_and_counted(toy: Toy, tmp_path: Path, line
 def test_a_map_may_take_the_target_itself_and_that_is_said(toy: Toy, tmp_path: Path) -> None:
     config = mapped(toy, tmp_path / "map", f"{MIXTURE} spk001-07-0001 s2/{MIXTURE}")
     opened = open_trials(config)
-    assert opened.notes == ["1 of 1 enrollments are of the target's own utterance, as the enrollment map says"]
+    assert opened.notes == ["1 of 1 enrollments are the target's own utterance, as the enrollment map says"]
     assert opened.trials[0].enrollment == opened.trials[0].target
     assert "own utterance" in str(export_trials(config, tmp_path / "out"))
     assert open_trials(on_the_fly(toy)).notes == []
@@ -236,7 +235,7 @@ def test_a_map_must_name_every_target_or_be_asked_for_less(toy: Toy, tmp_path: P
     line = f"{MIXTURE} spk000-07-0000 s1/{OTHER}"
     with pytest.raises(CorpusError, match=r"15 of 16 trials .* the enrollment map has no line for it"):
         open_trials(mapped(toy, tmp_path / "map", line, targets="all"))
-    with pytest.raises(ConfigError, match="targets: 'mapped' are those of an enrollment map"):
+    with pytest.raises(ConfigError, match="targets: 'mapped' needs an enrollment map"):
         open_trials(on_the_fly(toy, targets="mapped"))
     with pytest.raises(CorpusError, match="cannot be read"):
         read_map(tmp_path / "none")
@@ -357,7 +356,7 @@ def edit(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
         (edit("mix.scp", lambda text: text.splitlines()[0]), rf"ref\.scp: key '{KEYS[1]}' is not in mix\.scp", True),
         (edit("aux.scp", lambda text: text.replace("0209.wav", "0201.wav")), "another enrollment than aux", True),
         (edit("mix.scp", lambda text: f"{text}odd"), r"mix\.scp:3: has no path", False),
-        (edit("mix.scp", lambda text: text + text), r"mix\.scp:3: key '.*' stands twice", False),
+        (edit("mix.scp", lambda text: text + text), r"mix\.scp:3: key '.*' appears twice", False),
         (lambda folder: (folder / "aux.scp").unlink(), r"aux\.scp: cannot be read", False),
         (lambda folder: (folder / f"2mix/s2/{PAIR}.wav").unlink(), rf"{KEYS[1]}: .*no such file", True),
     ],
@@ -457,7 +456,7 @@ def test_folder_is_find_trials(tmp_path: Path) -> None:
     make_trials(tmp_path, 3)
     assert open_trials(FolderTrials(str(tmp_path), limit=2)).trials == find_trials(tmp_path, 2)
     (tmp_path / find_trials(tmp_path)[0].target).unlink()  # type: ignore[arg-type]
-    with pytest.raises(CorpusError, match="lack their target"):
+    with pytest.raises(CorpusError, match="target is missing for 1 of 3 trials"):
         open_trials(FolderTrials(str(tmp_path)))
 
 

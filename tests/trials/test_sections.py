@@ -23,8 +23,8 @@ from onevoice.trials.config import (
     TrialsFile,
     Wsj0Trials,
     load_trials_config,
-    to_record,
 )
+from onevoice.trials.opening import to_record
 
 LEAST: dict[str, Any] = {"name": "x", "data": {"train": {"folder": "a"}, "validation": {"folder": "b"}}}
 LIBRIMIX: dict[str, Any] = {"kind": "librimix", "root": "Libri2Mix", "part": "test", "mode": "max"}

@@ -14,7 +14,8 @@ from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
 from onevoice.errors import AudioError, CorpusError
-from onevoice.trials.trials import EpochSampler, Item, TrialDataset, collate, find_trials, pad, read_batches
+from onevoice.trials.batching import EpochSampler, Item, TrialDataset, collate, pad, read_batches
+from onevoice.trials.opening import find_trials
 
 KINDS = {"mixed": "mix", "ref": "refs", "target": "targets"}
 
@@ -88,7 +89,7 @@ def test_a_missing_file_is_named(copy: Path, kind: str, word: str) -> None:
     lost = files_of(copy, kind)[2]
     lost.unlink()
     name = lost.stem.removesuffix(f"-{kind}")
-    with pytest.raises(CorpusError, match=f"1 of 6 trials lack their {word}, first '{name}'"):
+    with pytest.raises(CorpusError, match=f"the {word} is missing for 1 of 6 trials, first '{name}'; add"):
         find_trials(copy)
 
 

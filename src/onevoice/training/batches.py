@@ -20,7 +20,16 @@ from onevoice.mixing.render import Renderer
 from onevoice.processes import ignore_stop_requests, keep_freed_memory
 from onevoice.training.experiment import DataConfig, DynamicTrials
 from onevoice.trials import TrialsConfig, open_trials
-from onevoice.trials.trials import WHOLE, EpochSampler, Share, TrialBatch, TrialDataset, collate, part_of, read_batches
+from onevoice.trials.batching import (
+    WHOLE_BATCH,
+    EpochSampler,
+    ProcessShare,
+    TrialBatch,
+    TrialDataset,
+    collate,
+    read_batches,
+    share_of_batch,
+)
 
 Key = tuple[int, int]
 
@@ -39,7 +48,9 @@ class Source(ABC):
         """Give the batches of steps start ≤ step < stop of an epoch."""
 
 
-def open_source(data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: Share = WHOLE) -> Source:
+def open_source(
+    data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: ProcessShare = WHOLE_BATCH
+) -> Source:
     """Open the training data of a config; of each batch it gives the `share` of one of several processes.
 
     Raises `CorpusError` or `ConfigError` when it does not serve.
@@ -53,7 +64,7 @@ class ValidationTrials:
     """The validation trials in batches, in their order, or the `share` of one process; can be gone through often."""
 
     def __init__(
-        self, data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: Share = WHOLE
+        self, data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: ProcessShare = WHOLE_BATCH
     ) -> None:
         part = data.validation
         trials = TrialDataset(
@@ -83,7 +94,7 @@ class TrialSource(Source):
         sample_rate: int,
         seed: int,
         device: torch.device,
-        share: Share = WHOLE,
+        share: ProcessShare = WHOLE_BATCH,
     ) -> None:
         trials = open_trials(chosen).trials
         self.speakers = sorted({trial.speaker for trial in trials})
@@ -115,7 +126,7 @@ class DynamicSource(Source):
         sample_rate: int,
         seed: int,
         device: torch.device,
-        share: Share = WHOLE,
+        share: ProcessShare = WHOLE_BATCH,
     ) -> None:
         speech = _open_pack(trials.pack, sample_rate, "data.train.pack")
         self.planner = Planner(
@@ -141,7 +152,9 @@ class DynamicSource(Source):
         if self.renderer is not None:
             renderer = self.renderer
             return (
-                draw_batch(self.planner, renderer, epoch, part_of(np.arange(k * size, (k + 1) * size), self.share))
+                draw_batch(
+                    self.planner, renderer, epoch, share_of_batch(np.arange(k * size, (k + 1) * size), self.share)
+                )
                 for k in range(start, stop)
             )
         sampler = EpochSampler(stop * size, size, self.seed, epoch, start, shuffle=False, share=self.share)

@@ -36,7 +36,7 @@ from onevoice.training.step import Learner, is_out_of_memory
 from onevoice.training.terminal import Display
 from onevoice.training.tracking import Tracker, open_tracker
 from onevoice.training.validation import sounds, validate
-from onevoice.trials.trials import TrialBatch, reader_death
+from onevoice.trials.batching import TrialBatch, dead_worker_error
 
 
 def train(
@@ -312,7 +312,7 @@ def explain_errors(last: Path, process: str | None) -> Iterator[None]:
         yield
     except (WorkerError, RuntimeError, MemoryError) as error:
         how = f"resume with --r {last}" if last.exists() else "start again"
-        dead = error if isinstance(error, WorkerError) else reader_death(error)
+        dead = error if isinstance(error, WorkerError) else dead_worker_error(error)
         if dead is not None:
             raise TrainingError(f"{dead}; {how}") from error
         if is_out_of_memory(error):

@@ -1,44 +1,23 @@
-"""The field's test and training sets, read without conversion: a config in, trials out.
+"""Trials that exist: folders of trials and the data sets of the field, read without conversion.
+
+A config section comes in, and trials or batches of them go out; `export_trials` writes them to a folder.
 
     open_trials(LibriMixTrials("/data/Libri2Mix", part="test", sample_rate=8000)).trials
 
-`export_trials` writes any of them to a folder of plain trials.
+This room knows nothing about networks, training or scores.
 """
 
-from onevoice.trials.config import (
-    EnrollmentDraw,
-    EnrollmentMapFile,
-    FolderTrials,
-    LibriMixMetadataTrials,
-    LibriMixTrials,
-    TrialsConfig,
-    TrialsFile,
-    Wsj0Trials,
-    load_trials_config,
-    to_record,
-)
-from onevoice.trials.enrollment import read_map, write_map
-from onevoice.trials.export import ExportSummary, export_trials
-from onevoice.trials.librimix_trials import enrollment_map
-from onevoice.trials.opening import TrialList, open_trials, place_of
+from onevoice.trials.config import FolderTrials, LibriMixTrials, TrialsConfig, load_trials_config
+from onevoice.trials.export import export_trials
+from onevoice.trials.opening import open_trials, place_of, to_record
 
 __all__ = [
-    "EnrollmentDraw",
-    "EnrollmentMapFile",
-    "ExportSummary",
     "FolderTrials",
-    "LibriMixMetadataTrials",
     "LibriMixTrials",
-    "TrialList",
     "TrialsConfig",
-    "TrialsFile",
-    "Wsj0Trials",
-    "enrollment_map",
     "export_trials",
     "load_trials_config",
     "open_trials",
     "place_of",
-    "read_map",
     "to_record",
-    "write_map",
 ]

@@ -1,14 +1,13 @@
 """The config sections that name a set of trials. `kind` chooses the data set; a section without it is a folder."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT, Fraction, load_config, to_dict
+from onevoice.config import STRICT, Fraction, load_config
 
 Rate = Literal[8000, 16000]
 Mode = Literal["min", "max"]
@@ -37,7 +36,7 @@ class TrialSet:
 
 @dataclass(frozen=True, config=STRICT)
 class FolderTrials(TrialSet):
-    """A folder of trials, in either layout that `find_trials` reads; every trial must be complete."""
+    """A folder of trials in one of two layouts; every trial must be complete."""
 
     folder: str
     """The folder: mix/, refs/ and targets/, or NAME-mixed.wav, NAME-ref.wav and NAME-target.wav."""
@@ -47,7 +46,7 @@ class FolderTrials(TrialSet):
 
 @dataclass(frozen=True, config=STRICT)
 class EnrollmentMapFile:
-    """Enrollments from a map file (see `onevoice.trials.enrollment`)."""
+    """Enrollments from a map file."""
 
     file: str
     """The map file, with lines `mixture_ID utterance_ID enrollment`."""
@@ -170,12 +169,6 @@ class TrialsFile:
 
     data: TrialsConfig
     """The set of trials."""
-
-
-def to_record(config: TrialsConfig) -> dict[str, Any]:
-    """Return a set of trials as JSON values for a record, without the keys of `TrialSet` that are null."""
-    unset = {field.name for field in fields(TrialSet) if getattr(config, field.name) is None}
-    return {key: value for key, value in to_dict(config).items() if key not in unset}
 
 
 def load_trials_config(path: str | Path, overrides: Sequence[str] = ()) -> TrialsConfig:

@@ -1,13 +1,12 @@
-"""Which recording of the target goes with which mixture: by a map, given or drawn.
+"""Chooses an enrollment for each target of a LibriMix: from a map file, or by a random draw.
 
-A map says `mixture_ID utterance_ID enrollment` in each line: for the target that speaks the utterance in the
-mixture, the enrollment is
+Each line of a map is `mixture_ID utterance_ID enrollment`. For the target that speaks the utterance in the mixture,
+the enrollment is
 
-- `s2/<mixture_ID>`, with or without `.wav`: source 2 of another mixture, as it lies in LibriMix (the form of the
-  public maps of the field), or
+- `s2/<mixture_ID>`, with or without `.wav`: source 2 of another mixture of the same LibriMix, as in public maps, or
 - a file of LibriSpeech, relative to its folder: `test-clean/1089/134686/1089-134686-0000.flac`.
 
-A draw gives such a map too, so it can be written down and used by any system that reads these maps.
+A draw returns such a map too, so it can be written to a file for any system that reads these maps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +18,15 @@ from onevoice.files import atomic_write
 from onevoice.rng import derive
 
 DRAW_VERSION = 1
-"""Grows when `draw` changes what it draws."""
+"""Increases when `draw` changes what it draws."""
 
 Key = tuple[str, str]
-"""A target: mixture_ID and utterance_ID."""
+"""A target: its mixture_ID and utterance_ID."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The name of a mixture and who says what in it: LibriSpeech's speaker-chapter-number, in order of the sources."""
+    """A mixture and its utterances (speaker-chapter-number of LibriSpeech), in the order of the sources."""
 
     id: str
     utterances: tuple[str, ...]
@@ -35,7 +34,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Choice:
-    """The enrollment of one target, and the place of the map that says so, for messages."""
+    """The enrollment of one target, and where the map says so, for messages."""
 
     enrollment: str
     place: str
@@ -45,12 +44,12 @@ EnrollmentMap = Mapping[Key, Choice]
 
 
 def speaker_of(utterance: str) -> str:
-    """Return the speaker of a LibriSpeech utterance, the part of its name before the first minus."""
+    """Return the speaker of a LibriSpeech utterance: the part of its name before the first hyphen."""
     return utterance.split("-")[0]
 
 
 def read_map(path: str | Path) -> EnrollmentMap:
-    """Read a map file; `CorpusError` when it cannot be read, a line is no such line, or a target stands twice."""
+    """Read a map file; `CorpusError` for an unreadable file, a malformed line, or a target that appears twice."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -67,19 +66,19 @@ def read_map(path: str | Path) -> EnrollmentMap:
             )
         mixture, utterance, enrollment = fields
         if (mixture, utterance) in found:
-            raise CorpusError(f"{path}:{number}: {utterance} in {mixture} stands twice; remove one line")
+            raise CorpusError(f"{path}:{number}: {utterance} in {mixture} appears twice; remove one line")
         found[mixture, utterance] = Choice(enrollment, f"{path}:{number}")
     return found
 
 
 def write_map(path: str | Path, enrollments: EnrollmentMap) -> None:
-    """Write a map file, one line for each target; `StorageError` when the place cannot be written."""
+    """Write a map file with one line per target; `StorageError` if it cannot be written."""
     lines = [f"{mixture} {utterance} {choice.enrollment}\n" for (mixture, utterance), choice in enrollments.items()]
     atomic_write(Path(path), "".join(lines).encode())
 
 
 def mixture_pool(mixtures: Sequence[Mixture]) -> dict[str, str]:
-    """Return for each utterance the source `s<k>/<mixture_ID>` that holds it, the first by name of several."""
+    """Return the source `s<k>/<mixture_ID>` of each utterance; of several, the first by name."""
     pool: dict[str, str] = {}
     for mixture in mixtures:
         for number, utterance in enumerate(mixture.utterances, start=1):
@@ -89,7 +88,7 @@ def mixture_pool(mixtures: Sequence[Mixture]) -> dict[str, str]:
 
 
 def librispeech_pool(librispeech_dir: Path, part: str) -> dict[str, str]:
-    """Return the utterances of one part of LibriSpeech (`test-clean`) with their paths below `librispeech_dir`."""
+    """Return the paths of one part of LibriSpeech (`test-clean`), relative to `librispeech_dir`, by utterance."""
     files = sorted((librispeech_dir / part).glob("*/*/*.flac"))
     if not files:
         raise CorpusError(f"{librispeech_dir / part}: holds no SPEAKER/CHAPTER/*.flac; name the folder of LibriSpeech")
@@ -97,11 +96,11 @@ def librispeech_pool(librispeech_dir: Path, part: str) -> dict[str, str]:
 
 
 def draw(targets: Sequence[Key], pool: Mapping[str, str], seed: int) -> dict[Key, Choice]:
-    """Draw for each target another utterance of its speaker from `pool`, with equal chance (`DRAW_VERSION` 1).
+    """Draw another utterance of the speaker for each target, uniformly from `pool` (`DRAW_VERSION` 1).
 
-    The candidates are sorted by name and the draw of a target depends on (seed, target, candidates) alone, so it is
-    the same in a generated LibriMix and on the fly, at any rate and of any type. Targets whose speaker has nothing
-    else to offer are left out.
+    Candidates are sorted by name, and the draw for a target depends only on (seed, target, candidates). So it is the
+    same for a LibriMix on disk and one rendered on the fly, at any rate and for any mixture type. Targets whose
+    speaker has no other utterance are skipped.
     """
     by_speaker: dict[str, list[str]] = {}
     for utterance in sorted(pool):

@@ -1,4 +1,4 @@
-"""Any protocol as a folder of plain trials, which every tool can read."""
+"""Copies any data set to a folder of trials, which every tool can read."""
 
 import functools
 import hashlib
@@ -9,23 +9,17 @@ from pathlib import Path
 from onevoice.audio import probe_audio
 from onevoice.errors import ConfigError
 from onevoice.mixing.folder import MadeMixture, MadeTrial, Outcome, write_trials
-from onevoice.trials.config import (
-    FolderTrials,
-    LibriMixMetadataTrials,
-    LibriMixTrials,
-    TrialsConfig,
-    Wsj0Trials,
-    to_record,
-)
-from onevoice.trials.opening import TrialList, open_trials
-from onevoice.trials.trials import Sound, Trial, load_trial
+from onevoice.trials.batching import load_trial
+from onevoice.trials.config import FolderTrials, LibriMixMetadataTrials, LibriMixTrials, TrialsConfig, Wsj0Trials
+from onevoice.trials.opening import open_trials, to_record
+from onevoice.trials.trial import Trial, TrialAudio, TrialList
 
 RENDER_VERSION = 1
 
 
 @dataclass
 class ExportSummary:
-    """What a run wrote, and one line for each trial that the protocol had to leave out."""
+    """What a run wrote, and one line for each trial of the data set that was skipped."""
 
     trials: int
     mixture_seconds: float
@@ -38,24 +32,20 @@ class ExportSummary:
         self.mixture_seconds += sum(row["samples"] / row["sample_rate"] for row in outcome.rows)
 
     def __str__(self) -> str:
-        left_out = [f"{len(self.left_out)} left out, the first: {self.left_out[0]}"] if self.left_out else []
+        left_out = [f"{len(self.left_out)} skipped, the first: {self.left_out[0]}"] if self.left_out else []
         return "; ".join([f"{self.trials} trials ({self.mixture_seconds / 3600:.2f} h)", *left_out, *self.notes])
 
 
 def export_trials(
-    config: TrialsConfig,
-    out: str | Path,
-    *,
-    sample_rate: int | None = None,
-    workers: int = 1,
+    config: TrialsConfig, out: str | Path, *, sample_rate: int | None = None, workers: int = 1
 ) -> ExportSummary:
-    """Write the trials of a protocol as NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl to `out`.
+    """Write a set of trials to `out` as NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl.
 
-    Files are 16-bit WAV at `sample_rate` in Hz, by default that of the protocol (of a folder: of its first mixture),
-    where LibriMix keeps every bit of its files. Interrupted and started again, it goes on where it stood.
+    Files are 16-bit WAV at `sample_rate` in Hz, by default that of the data set (for a folder, of its first mixture).
+    LibriMix keeps every bit of its files. An interrupted run resumes where it stopped.
 
-    Raises what `open_trials` does, `AudioError` for a file that cannot be decoded, `CorpusError` when `out` holds
-    another run, `StorageError` when it cannot be written.
+    Raises what `open_trials` raises, `ConfigError` for a set that cuts its trials, `AudioError` for a file that cannot
+    be decoded, `CorpusError` if `out` holds another run, and `StorageError` if it cannot be written.
     """
     if config.segment_seconds is not None or config.enrollment_seconds is not None:
         raise ConfigError("segment_seconds, enrollment_seconds: trials are written whole; remove these keys")
@@ -77,7 +67,7 @@ def export_trials(
 
 
 class TrialCopier:
-    """Makes trial `index` of a data set: its three sounds as they are, at one sample rate."""
+    """Makes trial `index` of a data set: its audio unchanged, except for the sample rate."""
 
     def __init__(self, trials: Sequence[Trial], roots: Sequence[Path], sample_rate: int) -> None:
         self.trials, self.roots, self.sample_rate = trials, roots, sample_rate
@@ -91,9 +81,9 @@ class TrialCopier:
             "index": index,
             "mixtures": 1,
             "target_speaker": trial.speaker,
-            "mixture": _described(trial.mixture, self.roots),
-            "target": _described(trial.target, self.roots),
-            "enrollment": _described(trial.enrollment, self.roots),
+            "mixture": _relative_name(trial.mixture, self.roots),
+            "target": _relative_name(trial.target, self.roots),
+            "enrollment": _relative_name(trial.enrollment, self.roots),
             "sample_rate": self.sample_rate,
         }
         return MadeTrial([MadeMixture(row, mixture, target, enrollment)], [])
@@ -103,12 +93,12 @@ def _own_rate(opened: TrialList) -> int:
     if opened.sample_rate is not None:
         return opened.sample_rate
     first = opened.trials[0].mixture
-    assert isinstance(first, Path), "only folders have no rate of their own, and they hold files"
+    assert isinstance(first, Path), "only folders have no sample rate of their own, and they hold files"
     return probe_audio(first, str(first))[1]
 
 
 def _roots(config: TrialsConfig) -> tuple[Path, ...]:
-    """Return the folders that the trials' files lie in, relative to which they are named."""
+    """Return the folders of the data set; the names of its files are relative to them."""
     if isinstance(config, FolderTrials):
         return (Path(config.folder),)
     if isinstance(config, Wsj0Trials):
@@ -118,17 +108,17 @@ def _roots(config: TrialsConfig) -> tuple[Path, ...]:
     return own if config.librispeech_dir is None else (*own, Path(config.librispeech_dir))
 
 
-def _described(sound: Sound, roots: Sequence[Path]) -> str:
-    if not isinstance(sound, Path):
-        return str(sound)
-    above = next((root for root in roots if sound.is_relative_to(root)), None)
-    return (sound if above is None else sound.relative_to(above)).as_posix()
+def _relative_name(audio: TrialAudio, roots: Sequence[Path]) -> str:
+    if not isinstance(audio, Path):
+        return str(audio)
+    above = next((root for root in roots if audio.is_relative_to(root)), None)
+    return (audio if above is None else audio.relative_to(above)).as_posix()
 
 
 def _digest(trials: Sequence[Trial], roots: Sequence[Path]) -> str:
-    """Return a hash of the trials' names, speakers and sounds, wherever the data set lies."""
+    """Return a hash of the names, speakers and audio of the trials that does not depend on where the data set is."""
     digest = hashlib.blake2b(digest_size=16)
     for trial in trials:
-        sounds = [_described(sound, roots) for sound in (trial.mixture, trial.target, trial.enrollment)]
-        digest.update("\0".join([trial.name, trial.speaker, *sounds]).encode() + b"\n")
+        names = [_relative_name(audio, roots) for audio in (trial.mixture, trial.target, trial.enrollment)]
+        digest.update("\0".join([trial.name, trial.speaker, *names]).encode() + b"\n")
     return digest.hexdigest()

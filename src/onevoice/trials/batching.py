@@ -1,0 +1,218 @@
+"""Reads trials and batches them: audio at one sample rate, cut, ordered and padded by rule, never by chance."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from onevoice.audio import Mono, read_audio, require_not_silent, resample
+from onevoice.errors import AudioError, OnevoiceError, WorkerError
+from onevoice.rng import derive
+from onevoice.trials.trial import Trial, TrialAudio
+from onevoice.units import to_samples
+
+ProcessShare = tuple[int, int]
+"""The number of a process, from 0, and the number of processes; each takes its share of every batch."""
+WHOLE_BATCH: ProcessShare = (0, 1)
+
+
+class TrialBatch(TypedDict):
+    """Padded trials. `audio`, `ref` and their lengths are what a network takes."""
+
+    audio: Float[Tensor, "batch samples"]
+    audio_length: NotRequired[Int[Tensor, " batch"]]
+    """Not set if every mixture fills its row."""
+    ref: Float[Tensor, "batch ref_samples"]
+    ref_length: NotRequired[Int[Tensor, " batch"]]
+    target: Float[Tensor, "batch samples"]
+    speaker: Int[Tensor, " batch"]
+    name: list[str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One trial as arrays, before batching."""
+
+    name: str
+    mixture: Mono
+    target: Mono
+    enrollment: Mono
+    speaker: int
+    """Class of the target speaker; −1 if it is none of the training speakers."""
+
+
+def load_audio(audio: TrialAudio, sample_rate: int) -> Mono:
+    """Read or render audio and convert it to `sample_rate` in Hz; `AudioError` for anything unusable."""
+    if isinstance(audio, Path):
+        return read_audio(audio, sample_rate)[0]
+    samples, rate = audio.render()
+    return resample(samples, rate, sample_rate)
+
+
+def load_trial(trial: Trial, sample_rate: int) -> tuple[Mono, Mono, Mono]:
+    """Return mixture, target and enrollment at `sample_rate` in Hz. A silent target means that the target is absent.
+
+    Raises `AudioError` if one of them is unusable, if mixture or enrollment is silent, or if mixture and target differ
+    in length.
+    """
+    mixture, target, enrollment = (
+        load_audio(audio, sample_rate) for audio in (trial.mixture, trial.target, trial.enrollment)
+    )
+    if len(mixture) != len(target):
+        raise AudioError(f"{trial.target}: has {len(target)} samples, its mixture {len(mixture)}; they must match")
+    require_not_silent(mixture, str(trial.mixture))
+    require_not_silent(enrollment, str(trial.enrollment))
+    return mixture, target, enrollment
+
+
+class TrialDataset(Dataset[Item]):
+    """Trials as arrays at one sample rate. Indexed by `(epoch, index)`, so that cuts differ between epochs.
+
+    `segment_seconds` cuts mixture and target to a random part of at most that length, and `enrollment_seconds` cuts
+    the enrollment. The cuts depend only on the seed, the epoch and the name of the trial.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        sample_rate: int,
+        speakers: Sequence[str] = (),
+        segment_seconds: float | None = None,
+        enrollment_seconds: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.trials = list(trials)
+        self.sample_rate = sample_rate
+        self.classes = {name: index for index, name in enumerate(speakers)}
+        self.segment = None if segment_seconds is None else to_samples(segment_seconds, sample_rate)
+        self.enrollment = None if enrollment_seconds is None else to_samples(enrollment_seconds, sample_rate)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        trial = self.trials[index]
+        mixture, target, enrollment = load_trial(trial, self.sample_rate)
+        if self.segment is not None or self.enrollment is not None:
+            rng = derive(self.seed, "crop", epoch, trial.name)
+            part = _random_part(rng, len(mixture), self.segment)
+            mixture, target = mixture[part], target[part]
+            enrollment = enrollment[_random_part(rng, len(enrollment), self.enrollment)]
+        return Item(trial.name, mixture, target, enrollment, self.classes.get(trial.speaker, -1))
+
+
+def share_of_batch(batch: Int[np.ndarray, " batch"], share: ProcessShare) -> Int[np.ndarray, " part"]:
+    """Return the items of a batch that belong to one of several processes: every `count`-th item.
+
+    With this choice the first halves of all shares together are the first half of the batch, so which items meet in a
+    part of the batch (`training.accumulate`) does not depend on the number of processes.
+    """
+    number, count = share
+    return batch[number::count]
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of `(epoch, index)` keys for one epoch, for the steps start ≤ step < stop.
+
+    With `shuffle`, the order depends only on (seed, epoch), so that a resumed epoch continues with its remaining
+    batches; an incomplete last batch is dropped, so that every step has the same weight. Without `shuffle`, all items
+    come in their own order. Each batch holds only the `share` of one of several processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        shuffle: bool = True,
+        share: ProcessShare = WHOLE_BATCH,
+    ) -> None:
+        full_batches, rest = divmod(size, batch_size)
+        count = full_batches + (rest > 0 and (full_batches == 0 or not shuffle))
+        self.steps = range(start, count if stop is None else min(stop, count))
+        self.order = derive(seed, "order", epoch).permutation(size) if shuffle else np.arange(size)
+        self.epoch, self.batch_size, self.share = epoch, batch_size, share
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            batch = self.order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in share_of_batch(batch, self.share).tolist()]
+
+
+def collate(items: Sequence[Item]) -> TrialBatch:
+    """Pad items with zeros to the longest of the batch."""
+    audio, audio_length = pad([item.mixture for item in items])
+    ref, ref_length = pad([item.enrollment for item in items])
+    return {
+        "audio": audio,
+        "audio_length": audio_length,
+        "ref": ref,
+        "ref_length": ref_length,
+        "target": pad([item.target for item in items])[0],
+        "speaker": torch.tensor([item.speaker for item in items]),
+        "name": [item.name for item in items],
+    }
+
+
+def pad(signals: Sequence[Mono]) -> tuple[Float[Tensor, "batch samples"], Int[Tensor, " batch"]]:
+    """Stack signals into a tensor, with zeros after the shorter ones; return it with the lengths."""
+    length = torch.tensor([len(signal) for signal in signals])
+    padded = torch.zeros(len(signals), int(length.max()))
+    for row, signal in zip(padded, signals, strict=True):
+        row[: len(signal)] = torch.from_numpy(signal)
+    return padded, length
+
+
+def read_batches(loader: Iterable[TrialBatch]) -> Iterator[TrialBatch]:
+    """Yield the batches of a `DataLoader`, and turn a traceback from one of its processes back into our one-line error.
+
+    Raises `WorkerError` if one of its processes dies.
+    """
+    try:
+        yield from loader
+    except OnevoiceError as error:
+        kind = type(error)
+        *_, last = str(error).strip().splitlines()
+        raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
+    except RuntimeError as error:
+        dead = dead_worker_error(error)
+        if dead is None:
+            raise
+        raise dead from error
+
+
+def dead_worker_error(error: Exception) -> WorkerError | None:
+    """Return the error to raise if `error` means that a process of a `DataLoader` died, otherwise None.
+
+    While such a process is dead, any call of torch may raise this error.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    number = re.search(r"pid\(?s?\)? ?(\d+)", str(error))
+    return WorkerError(
+        f"a process that reads the data died{f' (pid {number[1]})' if number else ''}: it was killed, memory ran out, "
+        "or /dev/shm of a container is too small; set data.workers=0, or give the container more shared memory"
+    )
+
+
+def _random_part(rng: np.random.Generator, length: int, max_length: int | None) -> slice:
+    if max_length is None or length <= max_length:
+        return slice(0, length)
+    start = int(rng.integers(length - max_length + 1))
+    return slice(start, start + max_length)
