@@ -36,7 +36,7 @@ UNWRAPPED = {"data.md", "evaluation.md", "training.md", "spexplus-small-16k-v1.m
 SHORTER = {
     "--speakers 20": "--speakers 4",
     "--speakers 6": "--speakers 3",
-    "--count 400": "--count 4",
+    "--count 1200": "--count 4",
     "--count 20": "--count 2",
     "--minutes 1": "--set training.epochs=2 training.steps_per_epoch=1 data.batch_size=2 data.workers=0",
     "-o result.json": "-o result.json --metrics si_sdr stoi",
