@@ -481,7 +481,7 @@ def test_evaluation_takes_a_protocol(toy: Toy, tmp_path: Path) -> None:
     on_files = evaluate(extractor, EvaluationConfig(folder=str(tmp_path / "disk"), **options), progress=False)
     assert [row.values for row in report.trials] == [row.values for row in on_files.trials]
     assert report.to_dict()["left_out"] == [f"{tmp_path}/map:2: mixture {MIXTURE!r} has no utterance 'nobody'"]
-    assert "left out 1 trials" in format_report(report)
+    assert "skipped  1 trials" in format_report(report)
     few = EvaluationConfig(data=dataclasses.replace(protocol, segment_seconds=0.25), limit=1, **options)
     assert [row.seconds for row in evaluate(extractor, few, progress=False).trials] == [0.25]
     for wrong in (EvaluationConfig(), EvaluationConfig(data=protocol, folder="x")):

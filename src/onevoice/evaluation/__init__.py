@@ -1,4 +1,5 @@
-"""Judging: estimates and targets in, numbers out.
+"""Scoring: how good estimates are.
 
-In: an extractor and trials, or two signals. Out: metrics per trial and their summary. This room does not know training.
+In: an extractor and trials, or two signals. Out: metrics per trial, and their statistics. This room must not know
+training.
 """

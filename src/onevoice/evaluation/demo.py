@@ -1,4 +1,4 @@
-"""A trial of the weights on the sample recordings of the package (`samples/README.md` says how they were made)."""
+"""The demo: an extraction from the sample recordings in the package (`samples/README.md` describes them)."""
 
 import time
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from onevoice.evaluation.metrics import si_sdr, si_sdr_improvement
 from onevoice.extraction.extractor import Extractor, extract_file
 
 SAMPLES = Path(__file__).parents[1] / "extraction" / "samples"
-"""`mixture.flac`, `enrollment.flac` of the wanted voice, and `target.flac`, that voice alone in the mixture."""
+"""`mixture.flac`; `enrollment.flac`, the wanted voice; `target.flac`, what that voice says in the mixture."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What an extraction from the samples came to."""
+    """The result of the demo."""
 
     folder: Path
-    """Holds mixture.wav, enrollment.wav, voice.wav and residual.wav."""
+    """The folder with mixture.wav, enrollment.wav, voice.wav and residual.wav."""
     si_sdr_db: float
-    """Of the voice."""
+    """SI-SDR of the extracted voice."""
     si_sdr_improvement_db: float
-    """Over the mixture."""
+    """Its improvement over the mixture, SI-SDRi."""
     real_time_factor: float
-    """Seconds of work, reading and writing included, per second of mixture."""
+    """Seconds of computing, reading and writing per second of mixture."""
 
     def text(self) -> str:
-        """Return what the command prints."""
+        """Return the lines that `onevoice demo` prints."""
         return (
             f"mixture  {self.folder / 'mixture.wav'}\n"
             f"voice    {self.folder / 'voice.wav'} (what is left: {self.folder / 'residual.wav'})\n"
@@ -36,7 +36,7 @@ class Demo:
 
 
 def run(extractor: Extractor, folder: Path) -> Demo:
-    """Extract the enrolled voice of the samples into `folder` and measure it; raises `StorageError`."""
+    """Extract the enrolled voice of the samples into `folder` and measure it. Raises `StorageError`."""
     for name in ("mixture", "enrollment"):
         write_audio(folder / f"{name}.wav", *read_audio(SAMPLES / f"{name}.flac"))
     voice = folder / "voice.wav"

@@ -1,9 +1,9 @@
-"""Judging a checkpoint on trials: one row of metrics per trial, and what they come to.
+"""Scoring a checkpoint on trials: one row of metrics per trial, and their statistics.
 
-The network runs in batches in this process, the metrics in a pool of processes (PESQ and STOI do not run in
-threads). Estimates are scored as the network gives them, at its rate, never rescaled; batch size, number of
-processes and padding change nothing but rounding. A metric that refuses a trial (PESQ does so for a silent
-estimate) is counted. Trials whose target is silent are judged by attenuation alone.
+The network runs in batches in this process, the metrics in worker processes (PESQ and STOI do not run in threads).
+Estimates are scored at the network's rate and never rescaled. Batch size, number of processes and padding change
+nothing but rounding. A metric without a value for a trial (PESQ has none for a silent estimate) is counted. Trials with
+a silent target are scored by attenuation alone.
 """
 
 import contextlib
@@ -156,11 +156,11 @@ class Report:
     trials: list[TrialScore]
     summaries: dict[MetricName, Statistics]
     failure_rate: float | None
-    """Share of the trials with a target whose SI-SDRi is below 1 dB."""
+    """Share of the trials with a target whose SI-SDRi is below 1 dB; None without SI-SDRi."""
     left_out: Sequence[str] = ()
-    """One line for each trial of the protocol that is missing or wrong and could not be scored."""
+    """One line per trial that was skipped because it is missing or damaged."""
     notes: Sequence[str] = ()
-    """What is odd about the data set."""
+    """What is unusual about the data set."""
 
     @property
     def present(self) -> list[TrialScore]:
@@ -169,15 +169,15 @@ class Report:
 
     @property
     def absent(self) -> list[TrialScore]:
-        """The trials in which it does not."""
+        """The trials with a silent target."""
         return [trial for trial in self.trials if trial.attenuation_db is not None]
 
     def refusals(self) -> dict[str, int]:
-        """PositiveInt the refusals by metric and reason."""
+        """Count the metrics without a value, by metric and reason."""
         return dict(Counter(f"{name}: {why}" for trial in self.trials for name, why in trial.refusals.items()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the rows as plain JSON values."""
+        """Return everything except the rows as JSON values."""
         return {
             "trials": len(self.trials),
             "target_present": len(self.present),
@@ -232,7 +232,7 @@ def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool =
 
 
 def save_report(report: Report, path: Path, about: Mapping[str, Any]) -> Path:
-    """Write `about` and the summaries as JSON to `path`, the rows as CSV beside it; return the CSV's path."""
+    """Write `about` and the statistics to the JSON file `path`; write the rows to a CSV file beside it and return that."""
     rows = path.with_suffix(".csv")
     atomic_write(rows, report.to_csv().encode())
     atomic_write(path, (json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False) + "\n").encode())
@@ -240,7 +240,7 @@ def save_report(report: Report, path: Path, about: Mapping[str, Any]) -> Path:
 
 
 def format_report(report: Report) -> str:
-    """Return the lines that `eval` prints: the means first, as the original system did."""
+    """Return the lines that `eval` prints."""
     lines = []
     titles: Mapping[str, str] = {
         "si_sdr": "SI-SDR",
@@ -267,34 +267,34 @@ def format_report(report: Report) -> str:
         lines.append(f"target absent: {s.count} trials, attenuation mean {s.mean:.2f} dB, median {s.median:.2f} dB")
     lines.append(f"trials   {len(report.present)} with the target, {len(report.absent)} without")
     if report.left_out:
-        lines.append(f"left out {len(report.left_out)} trials that are missing or wrong, first {report.left_out[0]}")
+        lines.append(f"skipped  {len(report.left_out)} trials that are missing or damaged, first {report.left_out[0]}")
     lines += [f"note     {note}" for note in report.notes]
     lines += [f"refused  {count} × {reason}" for reason, count in report.refusals().items()]
     return "\n".join(lines)
 
 
 def require_metrics(names: Sequence[MetricName]) -> None:
-    """Raise `MissingDependencyError` at once, not after an hour, when a metric's package is missing."""
+    """Raise `MissingDependencyError` before any work if the package of a metric is missing."""
     packages = {"pesq": "pesq", "stoi": "pystoi", "estoi": "pystoi", "sdr": "fast_bss_eval"}
     missing = sorted({packages[name] for name in names if name in packages and find_spec(packages[name]) is None})
     if missing:
         raise MissingDependencyError(
             f'evaluation needs {", ".join(missing)}: pip install "onevoice[eval]" (pesq needs a C compiler), '
-            "or choose metrics without them (--metrics si_sdr si_sdr_improvement)"
+            "or choose other metrics (--metrics si_sdr si_sdr_improvement)"
         )
 
 
 def require_rate(names: Sequence[MetricName], sample_rate: int) -> None:
-    """Raise `ConfigError` at once for PESQ of a network at a rate that it is not defined at."""
+    """Raise `ConfigError` before any work if PESQ is not defined at the network's rate."""
     if "pesq" in names and sample_rate not in (8000, 16000):
         raise ConfigError(
-            f"metrics: PESQ is defined at 8000 and 16000 Hz and the network works at {sample_rate} Hz; choose metrics "
-            "without it (--metrics si_sdr si_sdr_improvement stoi)"
+            f"metrics: PESQ is defined at 8000 and 16000 Hz, and the network works at {sample_rate} Hz; choose others "
+            "(--metrics si_sdr si_sdr_improvement stoi)"
         )
 
 
 def _estimates(extractor: Extractor, data: TrialDataset, batch_size: int) -> Iterator[EstimatedTrial]:
-    """Yield each trial in order."""
+    """Yield the trials in order, each with its estimate."""
     sampler = EpochSampler(len(data), batch_size, 0, 0, shuffle=False)
     loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
     for batch in read_batches(loader):
