@@ -1,8 +1,9 @@
-"""Publish weights under a name that never changes its bytes again: python3 scripts/publish.py --help.
+"""Publish weights under a new name: python3 scripts/publish.py --help.
 
-The file loses what extraction does not need (the classifier and the names of the training speakers), its matrices are
-rounded to float16 (the loader computes in float32), and paths in its facts are cut to their last part. It is written
-into the package with its line of the registry, as the new default, and a model card whose remaining gaps are marked.
+The published file leaves out what extraction does not need (the classifier and the names of the training speakers). Its
+matrices are rounded to float16 (the loader computes in float32), and absolute paths in its facts are cut to their last
+part. The script writes it into the package, makes it the default in the registry, and writes a model card with marks
+where a person must fill in text.
 """
 
 import csv
@@ -22,23 +23,15 @@ from onevoice.config import to_dict
 from onevoice.errors import CheckpointError, ConfigError, OnevoiceError
 from onevoice.evaluation import demo
 from onevoice.extraction import checkpoint as checkpoints
-from onevoice.extraction.checkpoint import (
-    Card,
-    Published,
-    State,
-    load_checkpoint,
-    load_model,
-    read_registry,
-    save_checkpoint,
-)
+from onevoice.extraction.checkpoint import Card, Published, State, load_checkpoint, load_model, save_checkpoint
 from onevoice.extraction.extractor import Extractor
 from onevoice.files import atomic_write, to_json
 from onevoice.models import Network
 
 CARDS = Path(__file__).parents[1] / "docs" / "models"
-LARGEST_BYTES = 30_000_000
+MAX_BYTES = 30_000_000
 GAP = "> To be written:"
-"""Opens what no program can know; a test refuses published cards that still hold it."""
+"""Marks what a person must write; a test rejects published cards that still contain it."""
 
 TITLES = {
     "si_sdr_improvement": "SI-SDRi (dB)",
@@ -53,22 +46,22 @@ app = App(help="Publish a checkpoint with the package.")
 
 @app.default
 def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | None = None) -> None:
-    """Write weights/NAME.safetensors, its line of the registry, as the new default, and docs/models/NAME.md.
+    """Write weights/NAME.safetensors, make it the default in the registry, and write docs/models/NAME.md.
 
     Args:
-        checkpoint: The weights, as training writes them; a config.json beside it goes into the card.
-        name: Small letters, digits, points and hyphens; never used before.
-        report: What `onevoice eval -r CHECKPOINT -o REPORT` wrote.
-        attribution: A table of the training data in CSV (corpus, licence, speaker, seconds and, where known, source),
-            or a text in Markdown to be taken as it is.
+        checkpoint: The weights, as training writes them. A config.json beside it goes into the card.
+        name: A new name of lowercase letters, digits, dots and hyphens.
+        report: The file that `onevoice eval -r CHECKPOINT -o REPORT` wrote.
+        attribution: The training data: a CSV table (corpus, license, speaker, seconds, optionally source), or Markdown
+            text to insert unchanged.
     """
-    registry = read_registry()
+    registry = checkpoints.read_registry()
     file, document = checkpoints.WEIGHTS / f"{name}.safetensors", CARDS / f"{name}.md"
     if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
-        raise ConfigError(f"{name}: a name has small letters, digits, and points or hyphens between them")
+        raise ConfigError(f"{name}: a name has lowercase letters and digits, with dots or hyphens between them")
     for path in (file, document):
         if name in registry.weights or path.exists():
-            raise ConfigError(f"{path}: is there already; a published name never changes, choose a new one")
+            raise ConfigError(f"{path}: exists; a published name never changes, so choose a new one")
     state, card = load_checkpoint(checkpoint)
     result = read_report(report, card)
     sources = describe_data(attribution, card)
@@ -77,9 +70,9 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
         save_checkpoint(draft, *slim(state, card, checkpoint))
         model, slim_card = load_model(draft)
         data = draft.read_bytes()
-        before, after = (try_on_sample(*load_model(path)) for path in (checkpoint, draft))
-    if len(data) > LARGEST_BYTES:
-        raise CheckpointError(f"{checkpoint}: has {len(data):,} bytes after rounding; {LARGEST_BYTES:,} are allowed")
+        before, after = (measure_demo(*load_model(path)) for path in (checkpoint, draft))
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"{checkpoint}: has {len(data):,} bytes after rounding; {MAX_BYTES:,} are allowed")
     published = Published(
         sha256=hashlib.sha256(data).hexdigest(),
         bytes=len(data),
@@ -90,8 +83,8 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
     rounding = (
         f"SI-SDRi on the sample recording of `onevoice demo`: {before:.4f} dB in float32, {after:.4f} dB published."
     )
-    law = experiment_beside(checkpoint) or {"model": to_dict(slim_card.config), **slim_card.facts}
-    text = model_card(name, published, slim_card, result, sources, rounding, law)
+    experiment = experiment_beside(checkpoint) or {"model": to_dict(slim_card.config), **slim_card.facts}
+    text = model_card(name, published, slim_card, result, sources, rounding, experiment)
     atomic_write(document, text.encode())
     atomic_write(file, data)
     entry = replace(registry, default=name, weights={**registry.weights, name: published})
@@ -101,27 +94,27 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
 
 
 def slim(state: State, card: Card, path: Path) -> tuple[State, Card]:
-    """Return weights with a classifier of no speakers and matrices in float16, and the card that goes with them.
+    """Return the weights with an empty classifier and matrices in float16, and their card.
 
-    Vectors (biases, norms and their statistics) are little of the size and stay as they are. Raises
-    `CheckpointError` when a weight is beyond the range of float16.
+    Vectors (biases, norms and their statistics) are small and stay unchanged. Raises `CheckpointError` if a weight is
+    beyond the range of float16.
     """
     kept = {name: value[:0] if name.startswith("classifier.") else value for name, value in state.items()}
     rounded = {name: value.half() if value.ndim > 1 else value for name, value in kept.items()}
     for name, value in rounded.items():
         if not torch.isfinite(value).all():
-            raise CheckpointError(f"{path}: {name} has values that are not finite, or beyond the range of float16")
+            raise CheckpointError(f"{path}: {name} has values that are not finite, or too large for float16")
     return rounded, Card(replace(card.config, num_classes=0), (), portable(dict(card.facts)))
 
 
-def try_on_sample(model: Network, card: Card) -> float:
-    """Return the SI-SDRi in dB on the sample recording."""
+def measure_demo(model: Network, card: Card) -> float:
+    """Return the SI-SDRi in dB on the sample recording of the demo."""
     with tempfile.TemporaryDirectory() as folder:
         return demo.run(Extractor(model, card), Path(folder)).si_sdr_improvement_db
 
 
 def portable(value: Any) -> Any:
-    """Return JSON values in which every absolute path has become its last part."""
+    """Return JSON values with every absolute path cut to its last part."""
     if isinstance(value, dict):
         return {key: portable(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -130,61 +123,61 @@ def portable(value: Any) -> Any:
 
 
 def read_report(path: Path, card: Card) -> dict[str, Any]:
-    """Return the report of this checkpoint; raises `ConfigError` for one of another, or without SI-SDRi."""
-    result: dict[str, Any] = read_json(path)
+    """Return the report. Raises `ConfigError` if it belongs to another checkpoint or has no SI-SDRi."""
+    result = read_json(path)
     if portable(result.get("facts")) != portable(dict(card.facts)):
-        raise ConfigError(f"{path}: is the report of another checkpoint; evaluate this one with -o {path}")
+        raise ConfigError(f"{path}: belongs to another checkpoint; evaluate this one with -o {path}")
     if result.get("metrics", {}).get("si_sdr_improvement", {}).get("mean") is None:
-        raise ConfigError(f"{path}: has no mean of si_sdr_improvement; evaluate with the metrics that are the default")
+        raise ConfigError(f"{path}: has no mean of si_sdr_improvement; evaluate with the default metrics")
     return result
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raises `ConfigError`."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file. Raises `ConfigError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not a JSON object ({error})") from error
 
 
 def experiment_beside(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config that training keeps beside its checkpoints, without absolute paths."""
+    """Return the config that training writes beside its checkpoints, without absolute paths; None if it is missing."""
     path = checkpoint.parent / "config.json"
-    experiment: dict[str, Any] | None = portable(read_json(path)) if path.is_file() else None
-    return experiment
+    return dict(portable(read_json(path))) if path.is_file() else None
 
 
 def describe_data(attribution: Path | None, card: Card) -> str:
-    """Return the section of the card on corpora and licences."""
+    """Return the section of the card on corpora and licenses."""
     if attribution is None:
-        return f"{GAP} each corpus with licence, attribution, speakers, hours and where it comes from."
+        return f"{GAP} for each corpus the license, attribution, speakers, hours and source."
     text = attribution.read_text(encoding="utf-8")
     return attribution_table(text, card, attribution) if attribution.suffix == ".csv" else text.strip()
 
 
 def attribution_table(text: str, card: Card, path: Path) -> str:
-    """Add up a table of utterances by corpus and licence, of the speakers that the network was trained on alone."""
-    rows = list(csv.DictReader(text.splitlines()))
-    lacking = {"corpus", "licence", "speaker", "seconds"} - set(rows[0] if rows else ())
-    if lacking:
-        raise ConfigError(f"{path}: lacks the columns {', '.join(sorted(lacking))}")
-    trained = {speaker.split("@")[0] for speaker in card.speakers}
+    """Sum a table of utterances by corpus and license, counting only the speakers that the network was trained on."""
+    header, *lines = text.splitlines() or [""]
+    rows = list(csv.DictReader([header.replace("licence", "license"), *lines]))  # either spelling of the column
+    missing = {"corpus", "license", "speaker", "seconds"} - set(rows[0] if rows else ())
+    if missing:
+        raise ConfigError(f"{path}: has no columns {', '.join(sorted(missing))}; add them")
+    trained = {speaker.split("@")[0] for speaker in card.speakers}  # speaker@0.9 is a speed-perturbed copy
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         if row["speaker"] in trained:
-            groups.setdefault((row["corpus"], row["licence"], row.get("source", "")), []).append(row)
+            groups.setdefault((row["corpus"], row["license"], row.get("source", "")), []).append(row)
     if not groups:
-        raise ConfigError(f"{path}: names none of the speakers that the checkpoint was trained on")
-    lines = ["| corpus | licence | speakers | utterances | hours | source |", "|---|---|---|---|---|---|"]
-    for (corpus, licence, source), members in sorted(groups.items()):
+        raise ConfigError(f"{path}: names none of the speakers that the checkpoint was trained on; check its speakers")
+    lines = ["| corpus | license | speakers | utterances | hours | source |", "|---|---|---|---|---|---|"]
+    for (corpus, license, source), members in sorted(groups.items()):
         speakers = len({row["speaker"] for row in members})
         hours = sum(float(row["seconds"]) for row in members) / 3600
-        lines.append(f"| {corpus} | {licence} | {speakers} | {len(members)} | {hours:.2f} | {source} |")
+        lines.append(f"| {corpus} | {license} | {speakers} | {len(members)} | {hours:.2f} | {source} |")
     return "\n".join(lines)
 
 
 def results_table(result: dict[str, Any]) -> str:
-    """Return the figures of a report as a table, and what else it counts."""
+    """Return the figures of a report: a table, the failure rate, and the attenuation."""
     lines = ["| figure | mean | 95 % interval of the mean | median | 5th percentile | n |", "|---|---|---|---|---|---|"]
     for name, title in TITLES.items():
         s = result["metrics"].get(name)
@@ -207,9 +200,9 @@ def model_card(
     result: dict[str, Any],
     sources: str,
     rounding: str,
-    law: dict[str, Any],
+    experiment: dict[str, Any],
 ) -> str:
-    """Return the model card; what no program can know is marked by `GAP`."""
+    """Return the model card, with a `GAP` wherever a person must write something."""
     facts = [f"{key} {value}" for key, value in card.facts.items() if isinstance(value, str | int | float)]
     counts = f"{result['target_present']} with the target, {result['target_absent']} without"
     return f"""# {name}
@@ -221,7 +214,7 @@ def model_card(
 | file | `src/onevoice/extraction/weights/{name}.safetensors`, {published.bytes / 1e6:.2f} MB, matrices in float16 |
 | SHA-256 | `{published.sha256}` |
 | network | `{card.config.name}`, {published.parameters:,} parameters without classifier, {published.sample_rate} Hz |
-| licence | MIT, as the code; the recordings named below are not part of it and keep their own licences |
+| license | MIT, as the code; the recordings named below are not part of it and keep their own licenses |
 
 ## Results
 
@@ -231,7 +224,7 @@ Trials: `{json.dumps(portable(result["data"]))}`, {counts}.
 
 {rounding}
 
-{GAP} whether these figures are of the float32 or of the published weights, and the difference between them.
+{GAP} whether these figures come from the float32 or the published weights, and the difference between the two.
 
 ## Data and attribution
 
@@ -242,14 +235,14 @@ Trials: `{json.dumps(portable(result["data"]))}`, {counts}.
 {"; ".join(facts)}.
 
 ```json
-{json.dumps(law, indent=1, ensure_ascii=False)}
+{json.dumps(experiment, indent=1, ensure_ascii=False)}
 ```
 
-{GAP} the commands from the data to the checkpoint, their minutes and hardware.
+{GAP} the commands from the data to the checkpoint, how long they took, and the hardware.
 
 ## Limits
 
-{GAP} languages, ages, recordings and mixtures that it was not trained for; what it does when the target is absent.
+{GAP} languages, ages, recordings and mixtures that it was not trained for, and what it does if the target is absent.
 """
 
 

@@ -112,7 +112,7 @@ def test_no_path_of_this_machine_is_published(home: Path) -> None:
 def test_a_name_is_given_once(home: Path) -> None:
     issue(home)
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"tiny-1\.safetensors: is there already; .* choose a new one"):
+    with pytest.raises(ConfigError, match=r"tiny-1\.safetensors: exists; .* choose a new one"):
         issue(home)
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
     issue(home, "tiny-2")
@@ -120,22 +120,22 @@ def test_a_name_is_given_once(home: Path) -> None:
     assert (registry.default, list(registry.weights)) == ("tiny-2", ["tiny-1", "tiny-2"])
     resolve("tiny-1")
     (home / "weights" / "registry.json").write_text('{"default": null, "weights": {}}')
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists; a published name"):
         issue(home)
 
 
 @pytest.mark.parametrize("name", ["Tiny", "a/b", "-a", "a-", "", "a b", "a..b"])
 def test_names(home: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="a name has small letters"):
+    with pytest.raises(ConfigError, match="a name has lowercase letters"):
         issue(home, name)
 
 
 def test_refusals(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "LARGEST_BYTES", 1000)
+    monkeypatch.setattr(publish, "MAX_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"best\.safetensors: has [\d,]+ bytes after rounding; 1,000 are allowed"):
         issue(home)
     write_report(home / "report.json", facts={"step": 4})
-    with pytest.raises(ConfigError, match=r"report\.json: is the report of another checkpoint"):
+    with pytest.raises(ConfigError, match=r"report\.json: belongs to another checkpoint"):
         issue(home)
     write_report(home / "report.json", metrics={"pesq": SUMMARY})
     with pytest.raises(ConfigError, match=r"report\.json: has no mean of si_sdr_improvement"):
@@ -174,8 +174,10 @@ def test_attribution_counts_the_training_speakers_alone(home: Path) -> None:
     with pytest.raises(ConfigError, match="names none of the speakers"):
         publish.describe_data(table, Card(TINY, ("other",)))
     table.write_text("speaker,seconds\na,1\n")
-    with pytest.raises(ConfigError, match="lacks the columns corpus, licence"):
+    with pytest.raises(ConfigError, match="has no columns corpus, license;"):
         publish.describe_data(table, card)
+    table.write_text("speaker,seconds,corpus,license\nspk003,7200,Delta,CC0\n")
+    assert publish.describe_data(table, card).endswith("| Delta | CC0 | 1 | 1 | 2.00 |  |")
     (home / "text.md").write_text("As it is.\n")
     issue(home, attribution=home / "text.md")
     assert "\nAs it is.\n" in (home / "cards" / "tiny-1.md").read_text()

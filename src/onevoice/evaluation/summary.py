@@ -232,7 +232,7 @@ def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool =
 
 
 def save_report(report: Report, path: Path, about: Mapping[str, Any]) -> Path:
-    """Write `about` and the statistics to the JSON file `path`; write the rows to a CSV file beside it and return that."""
+    """Write `about` and the statistics to `path` as JSON, and the rows to a CSV file beside it; return the latter."""
     rows = path.with_suffix(".csv")
     atomic_write(rows, report.to_csv().encode())
     atomic_write(path, (json.dumps({**about, **report.to_dict()}, indent=2, ensure_ascii=False) + "\n").encode())
