@@ -217,8 +217,12 @@ def test_verify_finds_and_names_damage(packed: PackedCorpus, tmp_path: Path) -> 
     os.truncate(tmp_path / "samples.int16", 1000)
     with pytest.raises(CorpusError, match=r"samples.int16: has 1000 bytes instead of"):
         PackedCorpus.open(tmp_path)
-    (tmp_path / "pack.json").write_text("{}")
-    with pytest.raises(CorpusError, match="is not a complete packed corpus"):
+    for header in ("{}", '{"format": 1, "sample_rate": 8000}', "not JSON"):
+        (tmp_path / "pack.json").write_text(header)
+        with pytest.raises(CorpusError, match="is not a complete packed corpus"):
+            PackedCorpus.open(tmp_path)
+    (tmp_path / "pack.json").write_text('{"format": 2, "sha256": {}}')
+    with pytest.raises(CorpusError, match="has the format 2, not 1; pack the corpus again"):
         PackedCorpus.open(tmp_path)
     with pytest.raises(CorpusError, match="is not a complete packed corpus"):
         PackedCorpus.open(tmp_path / "nowhere")
