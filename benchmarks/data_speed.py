@@ -1,11 +1,11 @@
-"""How fast mixtures are drawn and rendered from a packed corpus, beside what a training step of SpEx+ consumes.
+"""How fast mixtures are drawn and rendered from a packed corpus, compared to what a training step of SpEx+ consumes.
 
     python benchmarks/data_speed.py [--pack PACK] [--batch 32] [--repeats 5] [--step-batch 4] [--device cpu]
 
-Examples of 4 s at 16 kHz. One row per path: reading triples from disk, rendering on one thread (what one data loader
-worker does), the same with each further step of the law switched on, and on `--device` by indexing (the way of a GPU).
-The last row is the training step of the paper's SpEx+ on the same machine; `share` is the time that the data of a step
-take, relative to the step, when one core renders. Without a pack, toy voices are packed into a temporary folder.
+Examples have 4 s at 16 kHz. One row per path: reading trials from disk, rendering on one thread (as a data loader
+worker does), the same with each optional step switched on, and rendering by indexing on `--device` (as on a GPU). The
+last row is the training step of the paper's SpEx+ on the same machine. `share` is the time of the data of a step
+relative to the step, when one core renders. Without a pack, toy voices are packed into a temporary folder.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> None:
         def read(number: int) -> None:
             collate([trials[number, k] for k in range(16)])
 
-        rates = {"triples from disk": examples_per_second(read, 16, options.repeats, "cpu")}
+        rates = {"trials from disk": examples_per_second(read, 16, options.repeats, "cpu")}
         rates["mixing"] = rate(Planner(speech, mixing))
         for name, step in steps.items():
             rates[f"mixing + {name}"] = rate(Planner(speech, mixing, **step))

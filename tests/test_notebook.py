@@ -1,4 +1,4 @@
-"""The notebook runs to its end as a user would run it, and is stored without outputs."""
+"""The notebook runs to its end, as a user would run it, and is stored without outputs."""
 
 import json
 import os

@@ -1,9 +1,8 @@
-"""Toy voices: deterministic synthetic speakers that differ as people do: pitch, formants, rhythm.
+"""Toy voices: deterministic synthetic speakers that differ in pitch, formants and rhythm.
 
-An utterance is a chain of syllables with pauses between them. A syllable is a sum of harmonics of a gliding
-pitch, shaped by the resonances of one of five vowels, whose formants are scaled by the speaker's vocal tract
-length; some syllables open with a burst of noise. Two speakers never share pitch or tract, so even a tiny
-network can tell them apart.
+An utterance is a chain of syllables with pauses between them. A syllable is a sum of harmonics of a gliding pitch,
+shaped by the resonances of one of five vowels, whose formants are scaled by the speaker's vocal tract length. Some
+syllables start with a burst of noise. No two speakers share pitch or tract, so even a tiny network can tell them apart.
 
     python3 tests/voices.py FOLDER --speakers 20
 
@@ -34,7 +33,7 @@ class Voice:
 
     @classmethod
     def number(cls, index: int) -> "Voice":
-        """Return the `index`-th speaker; pitches spiral through 85–300 Hz without repeating."""
+        """Return the `index`-th speaker; pitches lie between 85 and 300 Hz and never repeat."""
         steps = [(index * irrational) % 1.0 for irrational in (0.618034, 0.414214, 0.732051)]
         return cls(f"spk{index:03d}", 85 * (300 / 85) ** steps[0], 0.85 + 0.4 * steps[1], 0.16 + 0.1 * steps[2])
 
@@ -70,7 +69,7 @@ class Voice:
 def make_corpus(
     root: Path, speakers: int = 4, utterances: int = 4, seconds: float = 4.0, sample_rate: int = 8000, first: int = 0
 ) -> Path:
-    """Write `root/speaker/chapter/speaker-chapter-NNNN.flac`, as LibriSpeech is laid out; return `root`."""
+    """Write `root/speaker/chapter/speaker-chapter-NNNN.flac`, the layout of LibriSpeech; return `root`."""
     for number in range(first, first + speakers):
         voice = Voice.number(number)
         for index in range(utterances):
@@ -83,7 +82,7 @@ def make_corpus(
 def make_trials(
     folder: Path, count: int, speakers: int = 4, seconds: float = 1.0, sample_rate: int = 8000, seed: int = 0
 ) -> Path:
-    """Write `count` triples `<target>_<interferer>_<index>-mixed|-target|-ref.wav` at 0 dB; return `folder`."""
+    """Write `count` trials at 0 dB, `<target>_<interferer>_<index>-mixed|-target|-ref.wav`; return `folder`."""
     for index in range(count):
         rng = derive(seed, "trial", index)
         target, interferer = (Voice.number(int(k)) for k in rng.choice(speakers, 2, replace=False))

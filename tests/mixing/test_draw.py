@@ -31,7 +31,7 @@ MIXING = MixingStep(segment_seconds=0.8, enrollment_seconds=(0.5, 2.0), min_utte
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackedCorpus]:
-    """Speech of five voices (one with a single utterance, one with utterances shorter than a segment), noise, rooms."""
+    """Speech of five voices (one has a single utterance, one utterances shorter than a segment), noise, rooms."""
     root = tmp_path_factory.mktemp("packs")
     make_corpus(root / "speech", speakers=3, utterances=3, seconds=1.5)
     write_audio(root / "speech/single/only.flac", Voice.number(7).say(0, 2.5, RATE), RATE)
@@ -86,8 +86,8 @@ def flat(plan: Plan) -> dict[str, np.ndarray]:
 
 @given(st.integers(0, 2**40), st.integers(0, 2**60))
 @settings(max_examples=30, deadline=None)
-def test_uniform_belongs_to_its_place(seed: int, index: int) -> None:
-    rows = np.array([index, index + 5, index + 1])  # three that differ
+def test_uniform_depends_on_its_place_alone(seed: int, index: int) -> None:
+    rows = np.array([index, index + 5, index + 1])  # three different ones
     together = uniform(seed, "x", 1, index=rows, count=4)
     alone = uniform(seed, "x", 1, index=rows[2:], count=2)
     np.testing.assert_array_equal(together[2:, :2], alone)
@@ -114,7 +114,7 @@ def test_speakers_are_distinct_persons_and_all_equally_likely() -> None:
     assert (persons[:, 0] != persons[:, 2]).all()
     first = np.bincount(chosen[:, 0], minlength=10)
     assert np.abs(first - 3000).max() < 5 * np.sqrt(3000)
-    given_first = chosen[chosen[:, 0] == 4, 1]  # given the first, the second is uniform over other persons' speakers
+    given_first = chosen[chosen[:, 0] == 4, 1]  # the second is uniform over the speakers of others
     others = np.bincount(given_first, minlength=10)
     assert others[base == 2].sum() == 0
     assert np.abs(others[base != 2] - len(given_first) / 8).max() < 5 * np.sqrt(len(given_first) / 8)
@@ -130,7 +130,7 @@ def test_a_trial_does_not_depend_on_its_batch(packs: dict[str, PackedCorpus], ep
 
 
 @pytest.mark.parametrize("step", ["noise", "reverb", "channel"])
-def test_adding_a_step_leaves_the_other_draws_as_they_were(packs: dict[str, PackedCorpus], step: str) -> None:
+def test_adding_a_step_does_not_change_the_other_draws(packs: dict[str, PackedCorpus], step: str) -> None:
     index = np.arange(50)
     without, with_step = (flat(planner(packs, **{step: on}).draw(0, index)) for on in (False, True))
     assert len(with_step) > len(without)
@@ -138,7 +138,7 @@ def test_adding_a_step_leaves_the_other_draws_as_they_were(packs: dict[str, Pack
         np.testing.assert_array_equal(values, with_step[name], err_msg=name)
 
 
-def test_changing_a_range_moves_that_draw_alone(packs: dict[str, PackedCorpus]) -> None:
+def test_changing_a_range_changes_only_that_draw(packs: dict[str, PackedCorpus]) -> None:
     index = np.arange(50)
     before, after = (flat(planner(packs, snr_db=bounds).draw(0, index)) for bounds in ((-5.0, 5.0), (0.0, 1.0)))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -221,7 +221,7 @@ def test_short_utterances_are_not_used(packs: dict[str, PackedCorpus]) -> None:
             assert speech.length[part.utterance].min() >= minimum * RATE
 
 
-def test_voices_of_a_room_have_places_of_their_own_and_the_enrollment_another_room(
+def test_voices_have_different_places_in_one_room_and_the_enrollment_has_another_room(
     packs: dict[str, PackedCorpus],
 ) -> None:
     rooms = packs["rooms"]
@@ -282,7 +282,7 @@ def plain(plan: Plan, row: int, speech: PackedCorpus) -> tuple[np.ndarray, np.nd
 def test_the_batch_equals_a_plain_rendering(
     packs: dict[str, PackedCorpus], indexing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if indexing:  # the way of a GPU, on CPU tensors
+    if indexing:  # as on a GPU, but with CPU tensors
         monkeypatch.setattr(
             rendering,
             "fetch",
@@ -314,7 +314,7 @@ def test_loud_levels_stop_at_a_peak_of_0_9(packs: dict[str, PackedCorpus]) -> No
             np.testing.assert_allclose(ours[row].numpy(), expected, atol=1e-5)
 
 
-def test_measured_snr_and_levels_are_those_asked(packs: dict[str, PackedCorpus]) -> None:
+def test_measured_snr_and_levels_are_as_drawn(packs: dict[str, PackedCorpus]) -> None:
     draw = planner(packs)
     plan = draw.draw(0, np.arange(60))
     sound = Renderer(draw)(plan)
@@ -328,7 +328,7 @@ def test_measured_snr_and_levels_are_those_asked(packs: dict[str, PackedCorpus])
     assert (level <= plan.mixture_dbfs + 1e-3).all()
 
 
-def test_noise_stands_below_the_voices_as_asked(packs: dict[str, PackedCorpus]) -> None:
+def test_noise_is_below_the_voices_as_drawn(packs: dict[str, PackedCorpus]) -> None:
     quiet, noisy = planner(packs), planner(packs, noise=True)
     plan = noisy.draw(0, np.arange(30))
     voices, sound = Renderer(quiet)(plan._replace(noise=None)), Renderer(noisy)(plan)
@@ -353,7 +353,7 @@ def test_fetching_by_slices_and_by_indices_is_the_same() -> None:
 
 
 def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus]) -> None:
-    """Against np.convolve: direct sound first, target with the first 10 ms only, mixture with the whole response."""
+    """Against np.convolve: the target has the first 10 ms of the response, the mixture all of it."""
     dry_planner, draw = planner(packs), planner(packs, reverb=True, alone=1.0)
     plan = draw.draw(0, np.arange(12))
     sound = Renderer(draw)(plan)
@@ -373,7 +373,7 @@ def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus])
         np.testing.assert_allclose(sound.target[row].numpy(), scale * wanted, atol=1e-4)
 
 
-def test_the_channel_cuts_where_it_says(packs: dict[str, PackedCorpus]) -> None:
+def test_the_band_limits_of_a_channel(packs: dict[str, PackedCorpus]) -> None:
     draw = planner(packs, channel=True)
     renderer, plan = Renderer(draw), draw.draw(0, np.arange(4))
     time = torch.arange(RATE) / RATE
@@ -381,7 +381,7 @@ def test_the_channel_cuts_where_it_says(packs: dict[str, PackedCorpus]) -> None:
         on=np.array([True, True, True, False]), low_cut_hz=np.full(4, 200.0), high_cut_hz=np.full(4, 2500.0),
         tilt_db_per_octave=np.array([0.0, 3.0, -3.0, 3.0]),
     )  # fmt: skip
-    beyond = -10 * np.log10(1 + 1.4**8)  # of a Butterworth filter of 4th order, at 1.4 times its cut
+    beyond = -10 * np.log10(1 + 1.4**8)  # a 4th-order Butterworth filter, at 1.4 times its band limit
     for hz, cut in ((200, -3.01), (1000, 0.0), (2500, -3.01), (3500, beyond), (200 / 1.4, beyond)):
         tone = torch.sin(2 * torch.pi * hz * time).expand(4, -1)
         out = renderer._through_channel(tone, flat_channel)[:, 2000:6000]
@@ -423,7 +423,7 @@ def test_workers_device_and_resuming_do_not_change_the_weights(packs: dict[str, 
         states.append(load_checkpoint(train(config, echo=lambda line: None) / "last.safetensors")[0])
     config = experiment(trials, tmp_path, name="pieces", data__train=dynamic_settings(packs))
     folder = train(config, minutes=0.0, echo=lambda line: None)
-    for _ in range(10):  # a step at a time, and nothing more once it is done
+    for _ in range(10):  # one step each time, and none once the run is complete
         train(config, resume=folder / "last.safetensors", minutes=0.0, echo=lambda line: None)
     states.append(load_checkpoint(folder / "last.safetensors")[0])
     for other in states[1:]:

@@ -1,4 +1,4 @@
-"""Runs of the generator: what is written, that it never depends on how, and that it survives anything."""
+"""Runs of the generator: what they write, whatever the number of workers, the interruption or the damage."""
 
 import contextlib
 import dataclasses
@@ -66,8 +66,8 @@ def test_names_and_formats_of_the_original(made: Path, corpus: Path, tmp_path: P
     assert {path.name.rsplit("-", 1)[0] for path in tmp_path.glob("*.wav")} == names
 
 
-def test_the_manifest_says_how_each_file_was_made(corpus: Path, tmp_path: Path) -> None:
-    """Sources, gains and places of a row give the written files back, to the rounding of 16 bits."""
+def test_the_manifest_records_how_each_file_was_made(corpus: Path, tmp_path: Path) -> None:
+    """Recordings, gains and positions of a row reproduce the written files up to 16-bit rounding."""
     generate(corpus, tmp_path, vad_db=None)
     for row in rows_of(tmp_path):
         parts = []
@@ -84,7 +84,7 @@ def test_the_manifest_says_how_each_file_was_made(corpus: Path, tmp_path: Path) 
         assert row["enrollment"].split("/")[0] == row["target"].split("/")[0] == row["target_speaker"]
 
 
-def test_rows_stand_in_order_and_count_up(made: Path) -> None:
+def test_rows_are_in_order_and_complete(made: Path) -> None:
     rows = rows_of(made)
     places = [(row["index"], row["segment"]) for row in rows]
     assert places == sorted(places)
@@ -187,16 +187,14 @@ def lose_files(folder: Path) -> None:
     (folder / f".{mixtures[2].name}.123.part").write_bytes(b"half")
 
 
-def spoil_a_row(folder: Path) -> None:
+def damage_a_row(folder: Path) -> None:
     path = folder / MANIFEST
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:7], b'{"index": 3, "na\n', *lines[8:]]))
 
 
-@pytest.mark.parametrize("damage", [cut_manifest, cut_everything, lose_files, spoil_a_row])
-def test_a_damaged_folder_is_made_whole(
-    made: Path, corpus: Path, tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+@pytest.mark.parametrize("damage", [cut_manifest, cut_everything, lose_files, damage_a_row])
+def test_a_damaged_folder_is_repaired(made: Path, corpus: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     for name, data in content(made).items():
         (tmp_path / name).write_bytes(data)
     damage(tmp_path)
@@ -204,7 +202,7 @@ def test_a_damaged_folder_is_made_whole(
     assert content(tmp_path) == content(made)
 
 
-def test_a_complete_run_is_left_alone(made: Path, corpus: Path) -> None:
+def test_a_complete_run_is_not_written_again(made: Path, corpus: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in made.glob("*.wav")}
     generate(corpus, made)
     assert {path.name: path.stat().st_mtime_ns for path in made.glob("*.wav")} == before
@@ -234,7 +232,7 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for worker processes in /proc")
 @pytest.mark.parametrize(("workers", "ending"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
-def test_a_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_the_same_bytes(
     corpus_with_faults: Path, tmp_path: Path, workers: int, ending: signal.Signals
 ) -> None:
     whole, out, script = tmp_path / "whole", tmp_path / "out", tmp_path / "run.py"
@@ -266,7 +264,7 @@ def lines_in(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def corpus_with_faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three good speakers whose folders also hold everything that is not usable sound."""
+    """Three good speakers whose folders also hold every kind of unusable file."""
     root = make_corpus(tmp_path_factory.mktemp("faulty"), speakers=3, utterances=4, seconds=3.0)
     folder = root / "spk000"
     (folder / "text.wav").write_text("this is not sound\n")
@@ -293,12 +291,12 @@ def test_broken_files_are_replaced_and_named(corpus_with_faults: Path, tmp_path:
     assert not used & ({*summary.unusable} | {"spk000/short.wav"})
     line = str(summary)
     assert "\n" not in line
-    for part in ("60 of 60 trials", UNREADABLE, SILENT_FILE, SHORT_REFERENCE, "5 unusable files"):
-        assert part in line
+    for text in ("60 of 60 trials", UNREADABLE, SILENT_FILE, SHORT_REFERENCE, "5 unusable files"):
+        assert text in line
 
 
 def test_trials_that_cannot_be_drawn_are_given_up(tmp_path: Path) -> None:
-    """Speaker `a` alone can be a target, and only one of their two files is long enough: it ends all the same."""
+    """Only speaker `a` can be a target, and only one of their two files is long enough; the run still ends."""
     for name, seconds in (("a/long1", 3), ("a/long2", 0.8), ("b/only", 3)):
         path = tmp_path / "corpus" / f"{name}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -364,7 +362,7 @@ def test_a_folder_with_another_corpus_is_refused(made: Path, corpus_with_faults:
 
 
 @pytest.mark.parametrize("name", [MANIFEST, SETTINGS])
-def test_a_folder_of_something_else_is_refused(corpus: Path, tmp_path: Path, name: str) -> None:
+def test_a_folder_with_something_else_is_refused(corpus: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("[]")
     with pytest.raises(CorpusError, match="choose another folder"):
         generate(corpus, tmp_path)
@@ -373,7 +371,7 @@ def test_a_folder_of_something_else_is_refused(corpus: Path, tmp_path: Path, nam
 
 @contextlib.contextmanager
 def files_no_longer_than(size: int) -> Iterator[None]:
-    """The kernel refuses to write beyond `size` bytes, as it does on a full disk."""
+    """Make the kernel refuse to write files of more than `size` bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -383,7 +381,7 @@ def files_no_longer_than(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("workers", "size"), [(1, 10_000), (2, 10_000), (1, 70_000)])
-def test_a_full_disk_is_one_clear_error_and_can_be_gone_on_from(
+def test_a_full_disk_is_one_clear_error_and_the_run_can_resume(
     made: Path, corpus: Path, tmp_path: Path, workers: int, size: int
 ) -> None:
     with files_no_longer_than(size), pytest.raises(StorageError, match=r"cannot be written \(File too large\)"):

@@ -1,4 +1,4 @@
-"""The law of one trial: against a plain implementation with pyloudnorm, against formulas, and its edges."""
+"""One trial of the mixing law: against a plain implementation with pyloudnorm, formulas, and edge cases."""
 
 import dataclasses
 from collections import Counter
@@ -90,7 +90,7 @@ def test_equals_the_plain_law(corpus: Path, law: MixingLaw) -> None:
 
 @pytest.mark.parametrize("full_length", [False, True])
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 5.0])
-def test_levels_of_what_is_rendered(utterances: list[Path], full_length: bool, snr_db: float) -> None:
+def test_levels_of_a_rendered_trial(utterances: list[Path], full_length: bool, snr_db: float) -> None:
     law = dataclasses.replace(LAW, full_length=full_length, segment_seconds=1.0)
     trial = rendered(draw_of(*utterances, snr_db=snr_db), law)
     meter = pyloudnorm.Meter(RATE)
@@ -136,7 +136,7 @@ def test_silence_has_no_snr() -> None:
             mix_at_snr(*pair, 0.0)
 
 
-def test_clipping_is_avoided_by_the_one_gain() -> None:
+def test_the_shared_gain_avoids_clipping() -> None:
     clicks = np.zeros(RATE, np.float32)
     clicks[::1000] = 0.5
     gain, limited = shared_gain(clicks, -clicks, RATE)
@@ -186,7 +186,7 @@ def test_what_is_drawn() -> None:
         assert 1 <= len(draw.references) == len(set(draw.references)) <= 10
     targets = Counter(draw.target_speaker for draw in draws)
     assert set(targets) == {"many", "two"}
-    assert abs(targets["many"] - 750) < 100  # by speaker, not by file: 5 standard deviations
+    assert abs(targets["many"] - 750) < 100  # by speaker, not by file; within 5 standard deviations
     assert all(abs(count - 500) < 100 for count in Counter(draw.snr_db for draw in draws).values())
 
 
@@ -250,7 +250,7 @@ def test_a_segment_below_minus_70_dbfs_is_silent(silent: str, dbfs: float, kept:
     assert [(each.reason, each.recording.name, each.detail) for each in trial.skipped] == skipped
 
 
-def test_sources_too_short_for_one_segment(utterances: list[Path], tmp_path: Path) -> None:
+def test_utterances_too_short_for_one_segment(utterances: list[Path], tmp_path: Path) -> None:
     short = write(tmp_path / "short.wav", Voice.number(0).say(3, 2.5, RATE))
     with pytest.raises(Unusable) as caught:
         rendered(draw_of(short, *utterances[1:]), LAW)
@@ -259,14 +259,14 @@ def test_sources_too_short_for_one_segment(utterances: list[Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("samples", [np.zeros(RATE * 4), np.full(RATE * 4, 0.5), 1e-6 * np.ones(3)])
-def test_silent_sources_are_refused(tmp_path: Path, samples: np.ndarray) -> None:
+def test_silent_utterances_are_refused(tmp_path: Path, samples: np.ndarray) -> None:
     with pytest.raises(Unusable) as caught:
         load_utterance(recording(write(tmp_path / "silent.wav", samples)), LAW)
     assert caught.value.rejections[0].reason == SILENT_FILE
 
 
-def test_inaudible_rumble_is_no_mixture() -> None:
-    """A sum that only the K-weighting finds silent is skipped, not raised until it clips."""
+def test_inaudible_rumble_is_not_mixed() -> None:
+    """A mixture that is silent only after K-weighting is skipped, not amplified until it clips."""
     rumble = (0.001 * np.sin(2 * np.pi * 0.5 * np.arange(3 * RATE) / RATE)).astype(np.float32)
     utterance = LeveledUtterance(rumble, 0.0)
     with pytest.raises(Unusable) as caught:

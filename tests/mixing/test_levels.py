@@ -19,7 +19,7 @@ RATES = (8000, 11025, 16000, 22050, 44100, 48000)
 
 
 def noise(seconds: float, sample_rate: int, seed: int = 0) -> np.ndarray:
-    """White noise that comes and goes, so that both gates have work to do."""
+    """White noise whose level changes, so that both gates reject blocks."""
     rng = np.random.default_rng(seed)
     samples = 0.1 * rng.standard_normal(round(seconds * sample_rate))
     levels = rng.choice([1e-5, 3e-3, 0.1, 1.0], 20).repeat(-(-len(samples) // 20))
@@ -42,7 +42,7 @@ def test_equals_pyloudnorm_on_speech(sample_rate: int, number: int) -> None:
     assert integrated_loudness(speech, sample_rate) == pytest.approx(expected, abs=1e-5)
 
 
-def test_slow_rumble_is_weighted_as_by_the_filters_themselves() -> None:
+def test_slow_rumble_is_weighted_as_by_the_time_domain_filters() -> None:
     time = np.arange(4 * 16000) / 16000
     rumble = (0.5 * np.sin(2 * np.pi * 25 * time) + 0.3).astype(np.float32)
     expected = pyloudnorm.Meter(16000).integrated_loudness(rumble.astype(np.float64))
@@ -58,7 +58,7 @@ def test_sine_of_the_standard() -> None:
 
 
 @pytest.mark.parametrize("gain_db", [-20.0, -6.0, 3.5, 12.0])
-def test_a_gain_in_db_moves_loudness_by_as_much(gain_db: float) -> None:
+def test_a_gain_in_db_changes_the_loudness_by_as_much(gain_db: float) -> None:
     speech = Voice.number(1).say(0, 3.0, 16000)
     moved = integrated_loudness((speech * 10 ** (gain_db / 20)).astype(np.float32), 16000)
     assert moved - integrated_loudness(speech, 16000) == pytest.approx(gain_db, abs=1e-4)
