@@ -35,8 +35,7 @@ from onevoice.mixing.render import Renderer
 from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.processes import keep_freed_memory
 from onevoice.training.loss import MultiLoss
-from onevoice.trials.batching import TrialDataset, collate
-from onevoice.trials.opening import find_trials
+from onevoice.trials.reading import TrialDataset, collate, find_trials
 
 RATE, SECONDS = 16_000, 4.0
 

@@ -28,7 +28,7 @@ from onevoice.extraction.extractor import Extractor
 from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
 from onevoice.rng import derive_seed
-from onevoice.trials.opening import find_trials
+from onevoice.trials.reading import find_trials
 
 CONFIG = SpExPlusConfig(
     sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5

@@ -19,7 +19,7 @@ from onevoice.extraction.checkpoint import load_pickled
 from onevoice.training.distributed import Group, group_from_environment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
-from onevoice.trials.batching import share_of_batch
+from onevoice.trials.reading import share_of_batch
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CHANGES: dict[str, Any] = {

@@ -22,7 +22,6 @@ from onevoice.extraction.extractor import Extractor
 from onevoice.mixing.folder import MANIFEST
 from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.trials import export_trials, open_trials
-from onevoice.trials.batching import TrialDataset, collate, load_trial
 from onevoice.trials.config import (
     EnrollmentDraw,
     EnrollmentMapFile,
@@ -33,7 +32,7 @@ from onevoice.trials.config import (
 )
 from onevoice.trials.enrollment import Mixture, draw, mixture_pool, read_map, speaker_of, write_map
 from onevoice.trials.librimix_trials import enrollment_map
-from onevoice.trials.opening import find_trials
+from onevoice.trials.reading import TrialDataset, collate, find_trials, load_trial
 from onevoice.trials.trial import Trial
 
 LibriMix = LibriMixTrials | LibriMixMetadataTrials

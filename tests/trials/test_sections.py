@@ -24,7 +24,7 @@ from onevoice.trials.config import (
     Wsj0Trials,
     load_trials_config,
 )
-from onevoice.trials.opening import to_record
+from onevoice.trials.reading import to_record
 
 LEAST: dict[str, Any] = {"name": "x", "data": {"train": {"folder": "a"}, "validation": {"folder": "b"}}}
 LIBRIMIX: dict[str, Any] = {"kind": "librimix", "root": "Libri2Mix", "part": "test", "mode": "max"}

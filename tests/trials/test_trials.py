@@ -14,8 +14,7 @@ from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
 from onevoice.errors import AudioError, CorpusError
-from onevoice.trials.batching import EpochSampler, Item, TrialDataset, collate, pad, read_batches
-from onevoice.trials.opening import find_trials
+from onevoice.trials.reading import EpochSampler, Item, TrialDataset, collate, find_trials, pad, read_batches
 
 KINDS = {"mixed": "mix", "ref": "refs", "target": "targets"}
 

@@ -34,7 +34,7 @@ from onevoice.files import atomic_write
 from onevoice.models import ModelConfig
 from onevoice.processes import ordered_map
 from onevoice.trials import FolderTrials, TrialsConfig, open_trials
-from onevoice.trials.batching import EpochSampler, TrialDataset, collate, read_batches
+from onevoice.trials.reading import EpochSampler, TrialDataset, collate, read_batches
 
 FAILURE_DB = 1.0
 """A trial counts as failed if its SI-SDR improvement is below this many dB."""

@@ -20,7 +20,7 @@ from onevoice.mixing.render import Renderer
 from onevoice.processes import ignore_stop_requests, keep_freed_memory
 from onevoice.training.experiment import DataConfig, DynamicTrials
 from onevoice.trials import TrialsConfig, open_trials
-from onevoice.trials.batching import (
+from onevoice.trials.reading import (
     WHOLE_BATCH,
     EpochSampler,
     ProcessShare,

@@ -28,7 +28,7 @@ from onevoice.training.experiment import ConstantConfig, Experiment
 from onevoice.training.roofline import Ceilings, Cost, CostCounter, measure_ceilings, synchronize
 from onevoice.training.run import Trainer
 from onevoice.training.step import PRECISIONS
-from onevoice.trials.batching import TrialBatch
+from onevoice.trials.reading import TrialBatch
 
 WARM_UP, TRACED = 3, 2
 """Steps before those that are timed, left out of all figures, and steps after them, traced but not timed."""

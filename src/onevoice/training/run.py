@@ -36,7 +36,7 @@ from onevoice.training.step import Learner, is_out_of_memory
 from onevoice.training.terminal import Display
 from onevoice.training.tracking import Tracker, open_tracker
 from onevoice.training.validation import sounds, validate
-from onevoice.trials.batching import TrialBatch, dead_worker_error
+from onevoice.trials.reading import TrialBatch, dead_worker_error
 
 
 def train(

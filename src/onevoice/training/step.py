@@ -18,7 +18,7 @@ from onevoice.training.distributed import Group, distribute, sync_gradients
 from onevoice.training.experiment import Experiment
 from onevoice.training.loss import LossTerms
 from onevoice.training.state import TrainingState, random_state, set_random_state
-from onevoice.trials.batching import TrialBatch
+from onevoice.trials.reading import TrialBatch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Sums = dict[str, Tensor]

@@ -11,7 +11,7 @@ from onevoice.models import Network, to_network
 from onevoice.training.distributed import Group
 from onevoice.training.loss import si_sdr, suppression
 from onevoice.training.tracking import Sound, SoundKind
-from onevoice.trials.batching import TrialBatch
+from onevoice.trials.reading import TrialBatch
 
 
 class Score(NamedTuple):

@@ -9,7 +9,7 @@ This room knows nothing about networks, training or scores.
 
 from onevoice.trials.config import FolderTrials, LibriMixTrials, TrialsConfig, load_trials_config
 from onevoice.trials.export import export_trials
-from onevoice.trials.opening import open_trials, place_of, to_record
+from onevoice.trials.reading import open_trials, place_of, to_record
 
 __all__ = [
     "FolderTrials",

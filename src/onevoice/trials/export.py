@@ -9,9 +9,8 @@ from pathlib import Path
 from onevoice.audio import probe_audio
 from onevoice.errors import ConfigError
 from onevoice.mixing.folder import MadeMixture, MadeTrial, Outcome, write_trials
-from onevoice.trials.batching import load_trial
 from onevoice.trials.config import FolderTrials, LibriMixMetadataTrials, LibriMixTrials, TrialsConfig, Wsj0Trials
-from onevoice.trials.opening import open_trials, to_record
+from onevoice.trials.reading import load_trial, open_trials, to_record
 from onevoice.trials.trial import Trial, TrialAudio, TrialList
 
 RENDER_VERSION = 1

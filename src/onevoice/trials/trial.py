@@ -1,11 +1,16 @@
-"""One trial, and what the lists of a data set say about it before its files are checked."""
+"""One trial; what the lists of a data set say about trials; and the check that their files are usable."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from onevoice.audio import Mono
-from onevoice.errors import CorpusError
+from onevoice.audio import Mono, probe_audio
+from onevoice.errors import AudioError, CorpusError
+
+HEADER_THREADS = 8
+"""Threads that read headers; on network drives most of the time is waiting."""
 
 
 @runtime_checkable
@@ -67,3 +72,55 @@ def require_folder(path: str | Path, use: str) -> Path:
     if not Path(path).is_dir():
         raise CorpusError(f"{path}: no such folder; name {use}")
     return Path(path)
+
+
+def require_few_missing(name: str | Path, problems: Sequence[str], total: int, max_missing: float) -> None:
+    """Raise `CorpusError` if `problems` are more than the fraction `max_missing` of the `total` trials."""
+    if len(problems) > max_missing * total:
+        raise CorpusError(
+            f"{name}: {len(problems)} of {total} trials are missing or wrong, more than max_missing = {max_missing:g} "
+            f"allows; the first: {problems[0]}"
+        )
+
+
+def check_files(candidates: Sequence[Candidate]) -> tuple[list[Trial], list[str]]:
+    """Return the trials whose files are usable, and one line for each other trial that says what is wrong.
+
+    Only headers are read. A file must be decodable, hold samples and have its sample rate; a mixture and a target
+    that are both files must have the same length.
+    """
+    files = list(dict.fromkeys(file for candidate in candidates for file, _ in candidate.files))
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        headers = dict(zip(files, pool.map(_header, files), strict=True))
+    trials, problems = [], []
+    for candidate in candidates:
+        problem = _problem(candidate, headers)
+        if problem is None:
+            trials.append(candidate.trial)
+        else:
+            problems.append(f"{candidate.trial.name}: {problem}")
+    return trials, problems
+
+
+def _header(file: Path) -> tuple[int, int] | str:
+    """Return samples and rate in Hz from a file's header, or what is wrong with the file."""
+    try:
+        return probe_audio(file, str(file))
+    except AudioError as error:
+        return str(error)
+
+
+def _problem(candidate: Candidate, headers: dict[Path, tuple[int, int] | str]) -> str | None:
+    for file, sample_rate in candidate.files:
+        header = headers[file]
+        if isinstance(header, str):
+            return header
+        if header[1] != sample_rate:
+            return f"{file}: is at {header[1]} Hz, not {sample_rate} Hz"
+    mixture, target = (
+        headers[audio] if isinstance(audio, Path) else None
+        for audio in (candidate.trial.mixture, candidate.trial.target)
+    )
+    if mixture is not None and target is not None and mixture[0] != target[0]:
+        return f"{candidate.trial.target}: has {target[0]} samples, its mixture {mixture[0]}"
+    return None

@@ -1,10 +1,22 @@
-"""Reads trials and batches them: audio at one sample rate, cut, ordered and padded by rule, never by chance."""
+"""Reads trials: from a config section to checked trials, and from trials to batches.
 
+Folders of trials have one of two layouts, at any sample rate:
+
+- flat: `NAME-mixed.wav`, `NAME-ref.wav` and `NAME-target.wav` side by side, as `onevoice mix` writes them;
+- folders: `mix/`, `refs/` and `targets/`, whose files share their names, with or without those endings.
+
+The target speaker is taken from `manifest.jsonl` if there is one, otherwise from the part of the name before its
+first underscore. A trial with a silent target is one in which the target is absent.
+
+Cuts, order and padding are functions of seed, epoch and trial; the number of processes changes nothing.
+"""
+
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -12,15 +24,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from onevoice.audio import Mono, read_audio, require_not_silent, resample
-from onevoice.errors import AudioError, OnevoiceError, WorkerError
+from onevoice.audio import EXTENSIONS, Mono, read_audio, require_not_silent, resample
+from onevoice.config import to_dict
+from onevoice.errors import AudioError, CorpusError, OnevoiceError, WorkerError
+from onevoice.mixing.folder import SUFFIXES
 from onevoice.rng import derive
-from onevoice.trials.trial import Trial, TrialAudio
+from onevoice.trials.config import FolderTrials, LibriMixTrials, TrialsConfig, TrialSet, Wsj0Trials
+from onevoice.trials.librimix_trials import list_librimix
+from onevoice.trials.trial import Trial, TrialAudio, TrialList, check_files, require_few_missing
+from onevoice.trials.wsj0 import list_wsj0
 from onevoice.units import to_samples
 
 ProcessShare = tuple[int, int]
 """The number of a process, from 0, and the number of processes; each takes its share of every batch."""
 WHOLE_BATCH: ProcessShare = (0, 1)
+
+FOLDERS = {"mixture": "mix", "enrollment": "refs", "target": "targets"}
 
 
 class TrialBatch(TypedDict):
@@ -46,6 +65,73 @@ class Item:
     enrollment: Mono
     speaker: int
     """Class of the target speaker; −1 if it is none of the training speakers."""
+
+
+def open_trials(config: TrialsConfig) -> TrialList:
+    """Return the trials that a config section names, after reading the header of every file.
+
+    Trials with something missing or wrong are skipped and named in `left_out`, up to the fraction `max_missing`, which
+    is checked once for the lists and once for the files. Raises `CorpusError` above that fraction or if no trial is
+    left, `ConfigError` for contradicting settings, and `MissingDependencyError` if the data set needs a package that
+    is not installed.
+    """
+    if isinstance(config, FolderTrials):
+        return TrialList(find_trials(config.folder, config.limit), [], None)
+    candidates, unlisted, notes = list_wsj0(config) if isinstance(config, Wsj0Trials) else list_librimix(config)
+    name = place_of(config)
+    require_few_missing(name, unlisted, len(candidates) + len(unlisted), config.max_missing)
+    trials, broken = check_files(candidates[: config.limit])
+    require_few_missing(name, broken, len(trials) + len(broken), config.max_missing)
+    if not trials:
+        raise CorpusError(f"{name}: holds no trials; check the settings of the data set")
+    return TrialList(trials, unlisted + broken, config.sample_rate, notes)
+
+
+def find_trials(folder: str | Path, limit: int | None = None) -> list[Trial]:
+    """List the first `limit` trials of a folder, by name; `CorpusError` if there are none or files are missing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CorpusError(f"{folder}: no such folder of trials")
+    in_folders = all((folder / name).is_dir() for name in FOLDERS.values())
+    files = {
+        kind: _files_by_name(folder / FOLDERS[kind] if in_folders else folder, suffix, needs_suffix=not in_folders)
+        for kind, suffix in SUFFIXES.items()
+    }
+    names = sorted(files["mixture"])
+    if not names:
+        raise CorpusError(
+            f"{folder}: holds no trials; expected NAME-mixed.wav, NAME-ref.wav and NAME-target.wav, "
+            "or folders mix, refs and targets"
+        )
+    for kind in ("enrollment", "target"):
+        missing = [name for name in names if name not in files[kind]]
+        if missing:
+            raise CorpusError(
+                f"{folder}: the {kind} is missing for {len(missing)} of {len(names)} trials, first {missing[0]!r}; "
+                "add the files, or remove these trials"
+            )
+    speakers = _manifest_speakers(folder / "manifest.jsonl")
+    return [
+        Trial(name, speakers.get(name, name.split("_")[0]), **{kind: files[kind][name] for kind in files})
+        for name in names[:limit]
+    ]
+
+
+def place_of(config: TrialsConfig) -> str:
+    """Return the folder or file that stands for a set of trials in messages."""
+    if isinstance(config, FolderTrials):
+        return config.folder
+    if isinstance(config, Wsj0Trials):
+        return config.lists
+    if isinstance(config, LibriMixTrials):
+        return config.root
+    return config.metadata
+
+
+def to_record(config: TrialsConfig) -> dict[str, Any]:
+    """Return a set of trials as JSON values for a record, without the keys of `TrialSet` that are null."""
+    unset = {field.name for field in fields(TrialSet) if getattr(config, field.name) is None}
+    return {key: value for key, value in to_dict(config).items() if key not in unset}
 
 
 def load_audio(audio: TrialAudio, sample_rate: int) -> Mono:
@@ -209,6 +295,28 @@ def dead_worker_error(error: Exception) -> WorkerError | None:
         f"a process that reads the data died{f' (pid {number[1]})' if number else ''}: it was killed, memory ran out, "
         "or /dev/shm of a container is too small; set data.workers=0, or give the container more shared memory"
     )
+
+
+def _files_by_name(folder: Path, suffix: str, *, needs_suffix: bool) -> dict[str, Path]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+    return {path.stem.removesuffix(suffix): path for path in paths if path.stem.endswith(suffix) or not needs_suffix}
+
+
+def _manifest_speakers(manifest: Path) -> dict[str, str]:
+    """Return the target speakers by the names of the trials; empty if there is no manifest."""
+    if not manifest.exists():
+        return {}
+    speakers: dict[str, str] = {}
+    try:
+        for line in manifest.read_bytes().splitlines():
+            row = json.loads(line)
+            speakers[row["name"]] = row["target_speaker"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"{manifest}: line {len(speakers) + 1} is not a row of `onevoice mix`; let that command finish, or remove "
+            "the file"
+        ) from error
+    return speakers
 
 
 def _random_part(rng: np.random.Generator, length: int, max_length: int | None) -> slice:
