@@ -1,9 +1,8 @@
-"""Weights by name, path and hub address; the published ones; and the demonstration of them."""
+"""Weights by name, path and hub address; the published ones; and the demo."""
 
 import hashlib
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -195,19 +194,6 @@ def test_demo(published: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 def test_demo_says_the_speed() -> None:
     assert "0.25 s per second" in Demo(Path(), 1.0, 2.0, 0.25).text()
-
-
-def test_the_first_commands_of_the_readme(
-    published: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it")[1]
-    lines = [line.split("#")[0] for line in re.findall(r"^    onevoice (.*)$", text, re.MULTILINE)]
-    (tmp_path / "src").symlink_to(ROOT / "src")
-    monkeypatch.chdir(tmp_path)
-    extract, demo = map(shlex.split, lines[:2])
-    assert command(capsys, *extract) == (0, "voice.wav\n", "")
-    assert command(capsys, *demo).status == 0
-    assert (tmp_path / "voice.wav").exists()
 
 
 # the hub

@@ -1,14 +1,15 @@
-"""Using a trained network: arrays or files in, one voice out, at the rate and level of the recording.
+"""Using a trained network: arrays or files in, one voice out, at the sample rate and level of the recording.
 
-Decided here, once, for every way of using a model:
+Rules for every use of a model:
 
-- channels are averaged; any sample rate is converted to the network's and the estimate back to the mixture's;
-- the enrollment must be sound of at least `MIN_ENROLLMENT_SECONDS`, and the mixture must not be digital silence;
-- the network's estimate has an arbitrary level (SI-SDR does not see it), so it is scaled by the gain that leaves
-  the least residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩; mixture = estimate + residual then holds with
-  the two orthogonal. A silent estimate stays silent.
-- a network that was trained with `loss.level` says by its level that the voice is absent; then the gain is at most
-  `MOST_GAIN`, so that what it has turned down is not turned up again.
+- Channels are averaged. Mixture and enrollment are converted to the network's sample rate, and the estimate is converted
+  back to the mixture's.
+- The enrollment must last at least `MIN_ENROLLMENT_SECONDS` and must not be silent; the mixture must not be silent.
+- The level of the network's estimate is arbitrary (SI-SDR ignores it). So the estimate is scaled by the gain that leaves
+  the smallest residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩. Then mixture = estimate + residual, and the two are
+  orthogonal. A silent estimate stays silent.
+- A network trained with `loss.level` has a level of its own and turns its estimate down if the voice is absent. Then the
+  gain is at most `MAX_GAIN`, so that the estimate is not turned up again.
 """
 
 import math
@@ -27,11 +28,11 @@ from onevoice.models import Batch, ModelConfig, Network, to_network
 from onevoice.models.base import pick_device
 
 MIN_ENROLLMENT_SECONDS = 0.5
-"""Shorter enrollments are refused; 3 s and more of clean speech are advised."""
-MOST_GAIN = 2.0
-"""Largest gain (6 dB) that is given to the estimate of a network that has learned its level."""
+"""Shorter enrollments raise an error; 3 s or more of clean speech are best."""
+MAX_GAIN = 2.0
+"""Largest gain (6 dB) for the estimate of a network with a level of its own."""
 
-Sound = TypeVar("Sound", np.ndarray, Tensor)
+Samples = TypeVar("Samples", np.ndarray, Tensor)
 
 
 class Extractor:
@@ -48,16 +49,16 @@ class Extractor:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device that the network is on."""
         return next(self.model.parameters()).device
 
     def extract(
-        self, mixture: Sound, sample_rate: int, enrollment: Sound, enrollment_sample_rate: int | None = None
-    ) -> Sound:
-        """Return the enrolled voice of `mixture`, as mono `(samples,)` of the mixture's rate, type and device.
+        self, mixture: Samples, sample_rate: int, enrollment: Samples, enrollment_sample_rate: int | None = None
+    ) -> Samples:
+        """Return the enrolled voice in `mixture`: mono, `(samples,)`, at the mixture's rate, type and device.
 
-        Both are `(samples,)` or `(channels, samples)` of full scale 1.0; the enrollment's rate is the mixture's
-        unless given. Raises `AudioError` for empty, silent, NaN or too short input.
+        Both signals are `(samples,)` or `(channels, samples)` with full scale 1.0. Rates are in Hz; the enrollment's is
+        the mixture's by default. Raises `AudioError` for empty, silent, NaN or too short input.
         """
         sound = _as_mono(mixture, "mixture")
         voice = _as_mono(enrollment, "enrollment")
@@ -68,28 +69,28 @@ class Extractor:
 
     @torch.inference_mode()
     def estimate(self, batch: Batch) -> Float[Tensor, "batch samples"]:
-        """Return the first estimate of the network for a padded batch at its rate, at the network's own level."""
+        """Return the network's first estimate for a padded batch, at the network's rate and level."""
         estimate: Tensor = self.model(to_network(batch, self.device))["predicted_audio"][0]
         return estimate.float().cpu()
 
     def _extract(self, mixture: Mono, rate: int, enrollment: Mono, enrollment_rate: int) -> Mono:
         check_enrollment(enrollment, enrollment_rate, "enrollment")
         require_not_silent(mixture, "mixture")
-        own = self.sample_rate
+        network_rate = self.sample_rate
         batch: Batch = {
-            "audio": torch.from_numpy(resample(mixture, rate, own))[None],
-            "ref": torch.from_numpy(resample(enrollment, enrollment_rate, own))[None],
+            "audio": torch.from_numpy(resample(mixture, rate, network_rate))[None],
+            "ref": torch.from_numpy(resample(enrollment, enrollment_rate, network_rate))[None],
         }
-        estimate = resample(self.estimate(batch)[0].numpy(), own, rate)
-        most = MOST_GAIN if self.card.config.has_level else math.inf
-        return match_level(fit_length(estimate, len(mixture)), mixture, most)
+        estimate = resample(self.estimate(batch)[0].numpy(), network_rate, rate)
+        max_gain = MAX_GAIN if self.card.config.has_level else math.inf
+        return match_level(fit_length(estimate, len(mixture)), mixture, max_gain)
 
 
 def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
-    """Load weights for use: a published name, a path or `hf://OWNER/REPO` (`checkpoint.resolve`), or the default.
+    """Load weights by published name, path or hub address (see `checkpoint.resolve`); by default, the published default.
 
-    `config` names the model for `.pth` files, which do not. Raises `CheckpointError`, and `ConfigError` for a device
-    that torch does not know or has not got.
+    `config` describes the model of a `.pth` file; other files describe themselves. Raises `CheckpointError`, and
+    `ConfigError` for a device that is not available.
     """
     return Extractor(*load_model(resolve(checkpoint), config, pick_device(device)))
 
@@ -101,14 +102,14 @@ def extract_file(
     output: str | Path,
     residual: str | Path | None = None,
 ) -> None:
-    """Extract the enrolled voice of one file into another, at the mixture's rate, mono.
+    """Extract the enrolled voice from the file `mixture` and write it to `output`, mono, at the mixture's rate.
 
-    WAV is written as 32-bit float, so that nothing clips and output + residual is the mixture to float32
-    rounding; other formats in their usual sample type. `residual` receives what is left, under another name. Raises
-    `AudioError`, `ConfigError`, `StorageError`.
+    WAV is written as 32-bit float: nothing clips, and output + residual is the mixture up to float32 rounding. Other
+    formats get their usual sample type. `residual` receives mixture − estimate. Raises `AudioError`, `ConfigError` and
+    `StorageError`.
     """
     if residual is not None and Path(residual).absolute() == Path(output).absolute():
-        raise ConfigError(f"{residual}: is to be output and residual at once; give them two names")
+        raise ConfigError(f"{residual}: is both the output and the residual; give them two names")
     samples, rate = read_audio(mixture)
     voice, voice_rate = read_audio(enrollment)
     require_not_silent(samples, str(mixture))
@@ -127,32 +128,32 @@ def extract_file(
 
 
 def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
-    """Raise `AudioError` naming `name` for an enrollment that is too short or silent."""
+    """Raise an `AudioError` that names `name` if the enrollment is too short or silent."""
     seconds = len(samples) / sample_rate
     if seconds < MIN_ENROLLMENT_SECONDS:
         raise AudioError(
             f"{name}: lasts {seconds:.2f} s; an enrollment needs at least {MIN_ENROLLMENT_SECONDS} s of the voice, "
-            "better 3 s or more"
+            "and 3 s or more are better"
         )
     require_not_silent(samples, name)
 
 
-def match_level(estimate: Mono, mixture: Mono, most: float = math.inf) -> Mono:
-    """Scale `estimate` by the gain, of size up to `most`, that leaves least energy in `mixture − gain · estimate`."""
+def match_level(estimate: Mono, mixture: Mono, max_gain: float = math.inf) -> Mono:
+    """Scale `estimate` by the gain within ±`max_gain` that leaves the least energy in `mixture − gain · estimate`."""
     wide = estimate.astype(np.float64)
     energy = float(wide @ wide)
     gain = float(mixture.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
-    gain = max(-most, min(gain, most))  # negative for an estimate upside down
+    gain = max(-max_gain, min(gain, max_gain))  # negative for an estimate of inverted polarity
     return (gain * wide).astype(np.float32)
 
 
 def fit_length(samples: Mono, length: int) -> Mono:
-    """Cut `samples`, or pad them with zeros, to `length`; converting rates back and forth is off by a sample."""
+    """Cut `samples` or pad them with zeros to `length`; converting the rate back and forth may be off by a sample."""
     return samples[:length] if len(samples) >= length else np.pad(samples, (0, length - len(samples)))
 
 
-def _as_mono(sound: np.ndarray | Tensor, name: str) -> Mono:
-    array = sound.detach().cpu().numpy() if isinstance(sound, Tensor) else sound
+def _as_mono(samples: np.ndarray | Tensor, name: str) -> Mono:
+    array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else samples
     if np.issubdtype(array.dtype, np.integer):
         raise AudioError(f"{name}: has integer samples ({array.dtype}); divide by their full scale to get ±1.0 floats")
     if array.ndim not in (1, 2):

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from onevoice.config import STRICT
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave, compile_once
 from onevoice.models.layers import Frames, Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock, ValidBatchNorm
-from onevoice.units import to_samples
 
 POOLING = 3
 """Frames per max pooling window of a residual block."""
@@ -58,7 +57,7 @@ class SpExPlusConfig(NetworkConfig):
     @property
     def windows(self) -> tuple[int, ...]:
         """The three windows in samples."""
-        return tuple(to_samples(seconds, self.sample_rate) for seconds in self.window_seconds)
+        return tuple(round(seconds * self.sample_rate) for seconds in self.window_seconds)
 
     @property
     def hop(self) -> int:
