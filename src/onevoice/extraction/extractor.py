@@ -2,14 +2,14 @@
 
 Rules for every use of a model:
 
-- Channels are averaged. Mixture and enrollment are converted to the network's sample rate, and the estimate is converted
-  back to the mixture's.
+- Channels are averaged. Mixture and enrollment are converted to the network's sample rate, and the estimate is
+  converted back to the mixture's.
 - The enrollment must last at least `MIN_ENROLLMENT_SECONDS` and must not be silent; the mixture must not be silent.
-- The level of the network's estimate is arbitrary (SI-SDR ignores it). So the estimate is scaled by the gain that leaves
-  the smallest residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩. Then mixture = estimate + residual, and the two are
-  orthogonal. A silent estimate stays silent.
-- A network trained with `loss.level` has a level of its own and turns its estimate down if the voice is absent. Then the
-  gain is at most `MAX_GAIN`, so that the estimate is not turned up again.
+- The level of the network's estimate is arbitrary (SI-SDR ignores it). So the estimate is scaled by the gain that
+  leaves the smallest residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩. Then mixture = estimate + residual, and the
+  two are orthogonal. A silent estimate stays silent.
+- A network trained with `loss.level` has a level of its own and turns its estimate down if the voice is absent. Then
+  the gain is at most `MAX_GAIN`, so that the estimate is not turned up again.
 """
 
 import math
@@ -87,7 +87,7 @@ class Extractor:
 
 
 def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
-    """Load weights by published name, path or hub address (see `checkpoint.resolve`); by default, the published default.
+    """Load weights by published name, path or hub address (see `checkpoint.resolve`); by default, the default ones.
 
     `config` describes the model of a `.pth` file; other files describe themselves. Raises `CheckpointError`, and
     `ConfigError` for a device that is not available.
