@@ -38,6 +38,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(require_rising)]
 """The lowest and the highest value of a positive quantity."""
 
+
+class FreeOnResume:
+    """Marks a field that a resumed run may change: `field: Annotated[int, FREE]`. All other fields must stay."""
+
+
+FREE = FreeOnResume()
+
+Location = Annotated[str, FREE]
+"""A file or folder, which may have moved when a run resumes."""
+
 Section = TypeVar("Section")
 Json = dict[str, Any]
 

@@ -173,7 +173,7 @@ def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
 def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
     folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     last = folder / "last.safetensors"
-    with pytest.raises(CheckpointError, match=r"other settings \(model\)"):
+    with pytest.raises(CheckpointError, match=r"other settings \(model\.hidden\)"):
         train(experiment(trials, tmp_path, training__epochs=1, model__hidden=40), resume=last)
     with pytest.raises(CheckpointError, match=r"other settings \(training\.epochs\)"):
         train(experiment(trials, tmp_path, training__epochs=5), resume=last)

@@ -134,10 +134,10 @@ def test_older_experiments_load(old: dict[str, Any], new: dict[str, Any]) -> Non
         from_dict(Experiment, {"name": "x", "data": {"train": each, "validation": each}}) for each in (old, new)
     )
     assert before == now
-    assert changed_settings(to_dict(before), to_dict(now)) == []
+    assert changed_settings(before, now) == []
     shorter = {**new, "segment_seconds": 0.5}
     other = from_dict(Experiment, {"name": "x", "data": {"train": shorter, "validation": new}})
-    assert changed_settings(to_dict(before), to_dict(other)) == ["data.train.segment_seconds"]
+    assert changed_settings(before, other) == ["data.train.segment_seconds"]
 
 
 def test_dynamic_trials_are_left_alone() -> None:

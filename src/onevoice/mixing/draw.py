@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT, Fraction, PositiveRange, require_rising
+from onevoice.config import STRICT, Fraction, Location, PositiveRange, require_rising
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.errors import CorpusError
 from onevoice.rng import uniform
@@ -33,7 +33,7 @@ Values = Float[np.ndarray, " batch"]
 class NoiseStep:
     """Add an excerpt of a noise recording; short recordings are repeated."""
 
-    pack: str
+    pack: Location
     """A folder of packed noise, written by `onevoice corpus pack --layout flat`."""
     probability: Fraction = 1.0
     """Probability that a mixture has noise."""
@@ -49,7 +49,7 @@ class ReverbStep:
     with the reflections of the first `early_seconds`.
     """
 
-    pack: str
+    pack: Location
     """A folder of packed room responses, written by `onevoice corpus pack --keep-mean`."""
     probability: Fraction = 1.0
     """Probability that a mixture is in a room."""

@@ -1,13 +1,13 @@
 """A complete experiment as one frozen config: what `train.py --c FILE` reads and a run folder keeps."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from dataclasses import fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT
+from onevoice.config import FREE, STRICT, Location
 from onevoice.errors import ConfigError
 from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.models import ModelConfig, SpExPlusConfig
@@ -30,13 +30,13 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 class DynamicTrials:
     """Mixtures drawn at every step from packed speech; every stage except mixing is off by default."""
 
-    pack: str
+    pack: Location
     """A folder written by `onevoice corpus pack`."""
     kind: Literal["dynamic"] = "dynamic"
     """The data set: mixtures drawn at every step."""
     examples_per_epoch: PositiveInt = 20_000
     """Number of mixtures per epoch."""
-    on_device: bool = False
+    on_device: Annotated[bool, FREE] = False
     """Keep the packs in the memory of the training device and render there, instead of in worker processes."""
     mixing: MixingStep = MixingStep()
     """How voices are mixed."""
@@ -59,24 +59,28 @@ class DataConfig:
 
     train: TrainingData
     """The training data, by `kind`: a folder of trials, another data set, or mixtures drawn at every step."""
-    validation: TrialsConfig
+    validation: Annotated[TrialsConfig, FREE]
     """The validation trials, by `kind`: a folder of trials or another data set."""
     batch_size: PositiveInt = 8
     """Trials per training step."""
-    validation_batch_size: PositiveInt = 1
+    validation_batch_size: Annotated[PositiveInt, FREE] = 1
     """Trials per pass of the network in validation."""
-    workers: NonNegativeInt = 2
+    workers: Annotated[NonNegativeInt, FREE] = 2
     """Number of processes that read and decode; the data do not depend on it."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class AdamConfig:
-    """Adam (or AdamW), with the values of torch."""
+    """Adam or AdamW, with torch's default values."""
 
     name: Literal["adam", "adamw"] = "adam"
+    """The optimizer; AdamW decouples weight decay from the gradient."""
     learning_rate: PositiveFloat = 1e-3
+    """The learning rate; a scheduler may replace or scale it."""
     weight_decay: NonNegativeFloat = 0.0
+    """The weight decay."""
     betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.999)
+    """Decay per step of the running means of the gradient and of its square."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -84,20 +88,29 @@ class OneCycleConfig:
     """One rise to `max_learning_rate` and one cosine fall over the whole training (torch's OneCycleLR)."""
 
     name: Literal["onecycle"] = "onecycle"
+    """The schedule: one cycle."""
     max_learning_rate: PositiveFloat = 1e-3
+    """The learning rate at the top of the cycle."""
     rising_part: OpenFraction = 0.3
+    """The fraction of all steps in which the rate rises."""
     start_divisor: PositiveFloat = 25.0
+    """The cycle starts at `max_learning_rate` divided by this."""
     final_divisor: PositiveFloat = 1e4
+    """The cycle ends at the start rate divided by this."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class PlateauConfig:
-    """Halve the learning rate when validation stops improving, as the SpEx+ paper does."""
+    """Lower the learning rate when validation stops improving, as the SpEx+ paper does."""
 
     name: Literal["plateau"] = "plateau"
+    """The schedule: lower the rate on a plateau."""
     factor: OpenFraction = 0.5
+    """The rate is multiplied by this."""
     patience_epochs: NonNegativeInt = 2
+    """Validations without a better score to wait before the rate is lowered."""
     min_learning_rate: NonNegativeFloat = 1e-8
+    """The rate is never lower than this."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -105,28 +118,31 @@ class ConstantConfig:
     """The optimizer's learning rate throughout."""
 
     name: Literal["constant"] = "constant"
+    """The schedule: a constant rate."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class StableConfig:
-    """Warm-up, stable, decay (arXiv 2404.06395): train at the optimizer's rate as long as you like, decay when wanted.
+    """Warm-up, stable, decay (arXiv 2404.06395): train at the optimizer's rate as long as you like, then decay.
 
-    The keys that begin with `decay_` may be set or changed when a run is resumed, from any of its checkpoints.
+    A resumed run may set or change the keys that begin with `decay_`, from any of its checkpoints.
     """
 
     name: Literal["wsd"] = "wsd"
+    """The schedule: warm-up, stable, decay."""
     warmup_steps: NonNegativeInt = 1000
-    decay_steps: PositiveInt | None = None
-    """Length of the decay, with whose last step training ends, whatever `training.epochs`; null for no decay."""
-    decay_from_step: NonNegativeInt | None = None
-    """The step that begins it; null: so that it ends with the last epoch, or, newly set on resuming, at once."""
-    decay_shape: Literal["linear", "sqrt"] = "sqrt"
-    """A straight line, or 1 − √x (arXiv 2405.18392), which leaves the stable rate faster."""
-    decay_divisor: Annotated[float, Field(ge=1)] = 100.0
-    """The last step of the decay is taken at the stable rate divided by this."""
+    """Number of steps in which the rate rises linearly to the optimizer's rate."""
+    decay_steps: Annotated[PositiveInt | None, FREE] = None
+    """Length of the decay in steps; training ends with it, whatever `training.epochs` is. Null for no decay."""
+    decay_from_step: Annotated[NonNegativeInt | None, FREE] = None
+    """The first step of the decay. Null ends the decay with the last epoch, or starts it at once if set on resuming."""
+    decay_shape: Annotated[Literal["linear", "sqrt"], FREE] = "sqrt"
+    """A straight line, or 1 − √x (arXiv 2405.18392), which falls faster at first."""
+    decay_divisor: Annotated[float, Field(ge=1), FREE] = 100.0
+    """The decay ends at the stable rate divided by this."""
 
     def __post_init__(self) -> None:
-        """Check that a beginning has a length."""
+        """Check that a decay with a start has a length."""
         if self.decay_from_step is not None and self.decay_steps is None:
             raise ValueError("decay_from_step needs decay_steps, the length of the decay")
 
@@ -136,51 +152,64 @@ SchedulerConfig = Annotated[OneCycleConfig | PlateauConfig | ConstantConfig | St
 
 @dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
-    """The loop."""
+    """The training loop."""
 
-    epochs: PositiveInt = 21
+    epochs: Annotated[PositiveInt, FREE] = 21
+    """Number of epochs. A resumed run may change it unless the schedule is `onecycle`, whose shape depends on it."""
     steps_per_epoch: PositiveInt | None = None
-    """End an epoch (validate, save) after so many steps; null for one pass over the data."""
+    """Number of steps after which an epoch ends (validation, save); null for one pass over the data."""
     accumulate: PositiveInt = 1
-    """Parts into which each batch is split, one after the other in memory; the step learns from all of them."""
+    """Number of equal parts of each batch that are in memory one after the other; the step learns from all of them."""
     ema: OpenFraction | None = None
-    """Decay of an exponential moving average of the weights, such as 0.999; it is what is validated and shipped."""
+    """Decay of a running average of the weights, which is what is validated and shipped; null for none."""
     clip_gradient_norm: PositiveFloat = 5.0
+    """Maximum norm of the gradient; a larger one is scaled down to it."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The type of the matrix products; weights and statistics stay float32. float16 scales the loss."""
-    compile: bool = False
-    """Compile the network (`torch.compile`): steps several times as fast, after a minute or two at the start."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    save_every_steps: PositiveInt = 500
-    """A resumable checkpoint stands on disk at least so often."""
-    keep_every_epochs: PositiveInt | None = None
-    """Also keep the weights of every so many epochs, as epoch-0010.safetensors, for `onevoice average`."""
-    log_every_steps: PositiveInt = 20
-    early_stop_epochs: PositiveInt | None = None
-    """Stop after so many validations without a better one."""
-    max_nonfinite_steps: PositiveInt = 20
-    """Steps in a row without a finite loss and gradient after which training gives up; each is skipped."""
-    checkpoint_activations: bool = False
-    """Compute the temporal blocks a second time in the backward pass instead of keeping their insides in memory."""
-    on_out_of_memory: Literal["stop", "halve"] = "stop"
-    """Stop with advice, or go on with parts of half the size (`accumulate` doubled for the rest of the run)."""
+    """Type of the matrix products; weights and statistics stay float32. float16 scales the loss."""
+    compile: Annotated[bool, FREE] = False
+    """Compile the network (`torch.compile`): steps take half the time or less, after a start of a minute or two."""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], FREE] = "auto"
+    """Where to train; auto takes CUDA, then MPS, then the CPU."""
+    save_every_steps: Annotated[PositiveInt, FREE] = 500
+    """Write a checkpoint to resume from every so many steps, besides one per epoch."""
+    keep_every_epochs: Annotated[PositiveInt | None, FREE] = None
+    """Also keep the weights of every so many epochs, as epoch-NNNN.safetensors; null for none."""
+    log_every_steps: Annotated[PositiveInt, FREE] = 20
+    """Write a log line, with means over the steps since the last one, every so many steps."""
+    early_stop_epochs: Annotated[PositiveInt | None, FREE] = None
+    """Stop after so many validations without a better one; null for never."""
+    max_nonfinite_steps: Annotated[PositiveInt, FREE] = 20
+    """Stop after so many steps in a row whose loss or gradient is not finite; each of them is skipped."""
+    checkpoint_activations: Annotated[bool, FREE] = False
+    """Save memory: compute the temporal blocks again in the backward pass instead of keeping their activations."""
+    on_out_of_memory: Annotated[Literal["stop", "halve"], FREE] = "stop"
+    """If memory runs out, stop with advice, or double `accumulate` for the rest of the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Experiment:
-    """Everything that decides how a run goes."""
+    """Everything that determines a run."""
 
-    name: str
+    name: Annotated[str, FREE]
+    """Name of the run, and of its folder."""
     data: DataConfig
+    """Training and validation data."""
     seed: int = 0
-    runs_folder: str = "runs"
-    """The run is kept in `<runs_folder>/<name>`."""
+    """Seed of the weights and of every random draw."""
+    runs_folder: Location = "runs"
+    """The run folder is `<runs_folder>/<name>`."""
     model: ModelConfig = SpExPlusConfig()
+    """The network."""
     loss: MultiLoss = MultiLoss()
+    """The training loss."""
     optimizer: AdamConfig = AdamConfig()
+    """The optimizer."""
     scheduler: SchedulerConfig = OneCycleConfig()
+    """The schedule of the learning rate."""
     training: TrainingConfig = TrainingConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    """The training loop."""
+    tracking: Annotated[TrackingConfig, FREE] = TrackingConfig()
+    """What is recorded."""
 
     @staticmethod
     def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -215,31 +244,31 @@ def fill_model_fields(experiment: Experiment, speakers: int) -> Experiment:
     return replace(experiment, model=model)
 
 
-LASTING = (
-    *("model", "loss", "optimizer", "scheduler", "seed", "data.batch_size", "data.train.segment_seconds"),
-    *("data.train.enrollment_seconds", "data.train.limit", "data.train.examples_per_epoch", "data.train.mixing"),
-    *("data.train.noise", "data.train.reverb", "data.train.channel"),
-    *("training.steps_per_epoch", "training.precision", "training.clip_gradient_norm"),
-    *("training.accumulate", "training.ema"),
-)
-"""The settings that a resumed run shares with the run it goes on from; folders may have moved."""
+def changed_settings(saved: Experiment, now: Experiment) -> list[str]:
+    """Return the names of the settings that differ although a resumed run must share them with the saved one.
+
+    These are all fields but those marked `FREE`.
+    """
+    changed = _differences(saved, now, "")
+    if isinstance(now.scheduler, OneCycleConfig) and saved.training.epochs != now.training.epochs:
+        changed.append("training.epochs")  # it shapes the cycle
+    return changed
 
 
-def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return which lasting settings differ between two experiments, given as plain JSON values."""
+def _differences(saved: Any, now: Any, name: str) -> list[str]:
+    if type(saved) is not type(now) or not is_dataclass(now):
+        return [] if saved == now else [name]
+    hints = get_type_hints(type(now), include_extras=True)
+    return [
+        different
+        for field in fields(now)
+        if not _is_free(hints[field.name])
+        for different in _differences(
+            getattr(saved, field.name), getattr(now, field.name), f"{name}.{field.name}".removeprefix(".")
+        )
+    ]
 
-    def at(experiment: Mapping[str, Any], key: str) -> Any:
-        node: Any = experiment
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
-        return node
 
-    keys = [*LASTING, *(["training.epochs"] if now["scheduler"]["name"] == "onecycle" else [])]  # they shape the cycle
-    return [key for key in keys if _lasting_part(at(saved, key)) != _lasting_part(at(now, key))]
-
-
-def _lasting_part(value: Any) -> Any:
-    """Return a section without places, and without what a scheduler decides late."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: part for key, part in value.items() if key != "pack" and not key.startswith("decay_")}
+def _is_free(hint: Any) -> bool:
+    """Check whether a type, or a member of a union, is marked `FREE`."""
+    return FREE in getattr(hint, "__metadata__", ()) or any(_is_free(member) for member in get_args(hint))

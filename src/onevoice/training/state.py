@@ -150,7 +150,7 @@ class TrainingState:
         Raises `CheckpointError` if the file is missing, unreadable, or belongs to another run.
         """
         path = resume_path(checkpoint)
-        saved = _read(path, Path(checkpoint), experiment, speakers, data_digest)
+        saved = read_resume_file(checkpoint, experiment, speakers, data_digest)
         load_state(self.model, saved["model"], path)
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
@@ -167,10 +167,11 @@ class TrainingState:
         return path
 
 
-def _read(
-    path: Path, checkpoint: Path, experiment: Experiment, speakers: Sequence[str], data_digest: str
+def read_resume_file(
+    checkpoint: str | Path, experiment: Experiment, speakers: Sequence[str], data_digest: str
 ) -> dict[str, Any]:
-    """Read a resume file; raise `CheckpointError` unless it exists and belongs to this experiment."""
+    """Read the state saved beside `checkpoint`; raise `CheckpointError` unless it belongs to this experiment."""
+    checkpoint, path = Path(checkpoint), resume_path(checkpoint)
     if not checkpoint.is_file():
         raise CheckpointError(f"{checkpoint}: no such checkpoint file")
     if not path.is_file():
@@ -186,7 +187,7 @@ def _read(
         Progress(**saved["progress"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a resume file ({error}); use --load to take weights alone") from error
-    changed = changed_settings(to_dict(before), to_dict(experiment)) + ([] if same_data else ["the training data"])
+    changed = changed_settings(before, experiment) + ([] if same_data else ["the training data"])
     if changed:
         raise CheckpointError(
             f"{path}: was made with other settings ({', '.join(changed)}); resume with its own config "

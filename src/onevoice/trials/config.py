@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT, Fraction, load_config
+from onevoice.config import FREE, STRICT, Fraction, Location, load_config
 
 Rate = Literal[8000, 16000]
 Mode = Literal["min", "max"]
@@ -38,7 +38,7 @@ class TrialSet:
 class FolderTrials(TrialSet):
     """A folder of trials in one of two layouts; every trial must be complete."""
 
-    folder: str
+    folder: Location
     """The folder: mix/, refs/ and targets/, or NAME-mixed.wav, NAME-ref.wav and NAME-target.wav."""
     kind: Literal["folder"] = "folder"
     """The data set: a folder of trials."""
@@ -48,7 +48,7 @@ class FolderTrials(TrialSet):
 class EnrollmentMapFile:
     """Enrollments from a map file."""
 
-    file: str
+    file: Location
     """The map file, with lines `mixture_ID utterance_ID enrollment`."""
     kind: Literal["map"] = "map"
     """Where enrollments come from: a map file."""
@@ -75,7 +75,7 @@ EnrollmentConfig = Annotated[EnrollmentMapFile | EnrollmentDraw, Field(discrimin
 class LibriMixTrials(TrialSet):
     """A LibriMix that the official script has written to disk."""
 
-    root: str
+    root: Location
     """The folder Libri2Mix or Libri3Mix, which holds wav8k or wav16k."""
     part: str
     """The part: train-360, train-100, dev or test."""
@@ -91,9 +91,9 @@ class LibriMixTrials(TrialSet):
     """Targets: each speaker in turn, the first one only, or those that the enrollment map names."""
     enrollment: EnrollmentConfig = EnrollmentDraw()
     """Which enrollment goes with which target."""
-    librispeech_dir: str | None = None
+    librispeech_dir: Location | None = None
     """The folder LibriSpeech; needed only for enrollments from it."""
-    max_missing: Fraction = MAX_MISSING
+    max_missing: Annotated[Fraction, FREE] = MAX_MISSING
     """Maximum fraction of trials that may be skipped because a file or list entry is missing or wrong."""
 
 
@@ -101,13 +101,13 @@ class LibriMixTrials(TrialSet):
 class LibriMixMetadataTrials(TrialSet):
     """A LibriMix rendered on the fly from its official metadata, equal to the official files bit for bit."""
 
-    metadata: str
+    metadata: Location
     """The CSV with the gains, for example metadata/Libri2Mix/libri2mix_test-clean.csv of the official repository."""
-    librispeech_dir: str
+    librispeech_dir: Location
     """The folder LibriSpeech, which holds test-clean and the other parts."""
     kind: Literal["librimix_metadata"] = "librimix_metadata"
     """The data set: LibriMix from its metadata."""
-    wham_dir: str | None = None
+    wham_dir: Location | None = None
     """The folder wham_noise, which holds tr, cv and tt; needed for mix_both and mix_single."""
     sample_rate: Rate = 16000
     """Sample rate in Hz of the rendered audio."""
@@ -119,7 +119,7 @@ class LibriMixMetadataTrials(TrialSet):
     """Targets: each speaker in turn, the first one only, or those that the enrollment map names."""
     enrollment: EnrollmentConfig = EnrollmentDraw()
     """Which enrollment goes with which target."""
-    max_missing: Fraction = MAX_MISSING
+    max_missing: Annotated[Fraction, FREE] = MAX_MISSING
     """Maximum fraction of trials that may be skipped because a file or list entry is missing or wrong."""
 
 
@@ -127,15 +127,15 @@ class LibriMixMetadataTrials(TrialSet):
 class Wsj0Trials(TrialSet):
     """WSJ0-2mix or WSJ0-2mix-extr from the lists of SpEx+: mix.scp, ref.scp and aux.scp with lines `key path`."""
 
-    lists: str
+    lists: Location
     """The folder of the three lists of one part, for example data/wsj0_2mix/tt."""
     kind: Literal["wsj0_2mix"] = "wsj0_2mix"
     """The data set: lists of WSJ0-2mix."""
-    replace: dict[str, str] = Field(default_factory=dict)
+    replace: Annotated[dict[str, str], FREE] = Field(default_factory=dict)
     """Path prefixes in the lists, and the folders on this machine to put in their place."""
     sample_rate: Rate = 8000
     """Sample rate in Hz that the files must have."""
-    max_missing: Fraction = MAX_MISSING
+    max_missing: Annotated[Fraction, FREE] = MAX_MISSING
     """Maximum fraction of trials that may be skipped because a file or list entry is missing or wrong."""
 
 
