@@ -1,7 +1,7 @@
-"""LibriMix once more, written straight down: a whole tree of files, one mixture after the other, by soundfile.
+"""A second, independent LibriMix generator: it writes a whole tree of files with soundfile, one mixture at a time.
 
-The oracle of `test_librimix.py`, after the documentation of the official generator; it takes nothing of the package.
-Also the toy LibriSpeech, noise and metadata that it is made from.
+It follows the documentation of the official generator, uses nothing of the package, and is the reference for
+`test_librimix.py`. It also makes the toy LibriSpeech, noise and metadata that the tests need.
 """
 
 import csv
@@ -19,7 +19,7 @@ TYPES = ("mix_clean", "mix_both", "mix_single")
 
 @dataclass(frozen=True)
 class Toy:
-    """Where a toy LibriSpeech, its noise and the metadata of 2 and 3 speakers lie."""
+    """The folders of a toy LibriSpeech and its noise, and the metadata for 2 and 3 speakers."""
 
     librispeech: Path
     wham: Path
@@ -27,7 +27,7 @@ class Toy:
 
 
 def make_toy(root: Path, speakers: int = 4, utterances: int = 3) -> Toy:
-    """Write utterances of unlike lengths, noise longer and much shorter than they are, and metadata CSVs."""
+    """Write utterances of different lengths, noise longer and much shorter than those, and metadata CSVs."""
     toy = Toy(root / "LibriSpeech", root / "wham_noise", {n: root / "metadata" / f"libri{n}mix.csv" for n in (2, 3)})
     rng = np.random.default_rng(7)
     paths = []
@@ -77,13 +77,13 @@ def plain_tree(toy: Toy, sources: int, rate: int, mode: str, out: Path) -> Path:
 
 
 def plain_mixture(toy: Toy, row: dict[str, str], sources: int, rate: int, mode: str) -> dict[str, np.ndarray]:
-    """Return the samples of each file of one mixture, as floats."""
+    """Return the samples of each file of one mixture as floats."""
     sounds = [
         soundfile.read(toy.librispeech / row[f"source_{k}_path"], dtype="float32")[0] for k in range(1, sources + 1)
     ]
-    most = max(len(sound) for sound in sounds)
-    noise = soundfile.read(toy.wham / row["noise_path"], dtype="float32", always_2d=True)[0][:most, 0]
-    sounds.append(noise if len(noise) == most else overlapped(noise, most))
+    longest = max(len(sound) for sound in sounds)
+    noise = soundfile.read(toy.wham / row["noise_path"], dtype="float32", always_2d=True)[0][:longest, 0]
+    sounds.append(noise if len(noise) == longest else overlapped(noise, longest))
     gains = [float(row[f"source_{k}_gain"]) for k in range(1, sources + 1)] + [float(row["noise_gain"])]
     sounds = [resample_poly(sound * gain, rate, RATE) for sound, gain in zip(sounds, gains, strict=True)]
     lengths = [len(sound) for sound in sounds]
@@ -101,7 +101,7 @@ def plain_mixture(toy: Toy, row: dict[str, str], sources: int, rate: int, mode: 
 
 
 def overlapped(noise: np.ndarray, length: int) -> np.ndarray:
-    """Lay copies of `noise` so that each fades over 8,001 samples into the next (for more than twice that)."""
+    """Overlap copies of `noise`, each fading into the next over 8,001 samples (needs more than twice that)."""
     fade = 8001
     window = np.hanning(16_001)
     step = len(noise) - fade

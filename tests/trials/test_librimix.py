@@ -1,4 +1,4 @@
-"""LibriMix on the fly: equal bit by bit to files written straight down by soundfile, and its bad inputs."""
+"""LibriMix on the fly: equal bit for bit to files that an independent script writes, and errors for bad input."""
 
 import dataclasses
 import sys
@@ -30,7 +30,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 @pytest.mark.parametrize("sources", [2, 3])
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("rate", [8000, 16000])
-def test_every_sound_is_the_official_file_bit_by_bit(
+def test_every_file_equals_the_official_one_bit_for_bit(
     toy: Toy, tmp_path: Path, rate: int, mode: str, sources: int
 ) -> None:
     folder = plain_tree(toy, sources, rate, mode, tmp_path) / f"wav{rate // 1000}k" / mode / "test"
@@ -45,11 +45,11 @@ def test_every_sound_is_the_official_file_bit_by_bit(
             assert samples.dtype == np.float32
             np.testing.assert_array_equal(samples * 32768, written, err_msg=f"{name} of {row.mixture_id}")
             clipped += int(np.sum(written == 32767))
-    assert clipped > 0, "the toy gains must reach the clipping of 16 bits"
+    assert clipped > 0, "the toy gains must be high enough for 16-bit clipping"
 
 
-def test_16_bits_are_cut_downwards_and_clipped() -> None:
-    """The law of libsndfile for float32: 2^31 x rounded to an integer, of which the upper 16 bits are kept."""
+def test_16_bits_are_rounded_down_and_clipped() -> None:
+    """libsndfile rounds 2^31 x of a float32 x to an integer and keeps its upper 16 bits."""
     rng = np.random.default_rng(1)
     samples = np.concatenate([rng.uniform(-1.2, 1.2, 20_000), np.arange(-9, 9) / 32768, [1, -1]]).astype(np.float32)
     expected = np.clip(np.rint(samples.astype(np.float64) * 2**31).astype(np.int64) >> 16, -32768, 32767)
@@ -57,8 +57,8 @@ def test_16_bits_are_cut_downwards_and_clipped() -> None:
     np.testing.assert_array_equal(pcm16_round_trip(pcm16_round_trip(samples)), pcm16_round_trip(samples))
 
 
-def test_noise_fades_into_itself() -> None:
-    """The halves of the window add up to 1, so noise that is constant stays so; what is not at a seam is untouched."""
+def test_extended_noise_fades_into_itself() -> None:
+    """The halves of the window add up to 1: constant noise stays constant, and samples off the seams are unchanged."""
     noise = np.random.default_rng(2).standard_normal(30_000).astype(np.float32)
     extended = extend_noise(noise, 100_000)
     assert len(extended) == 100_000
@@ -76,7 +76,7 @@ def test_noise_fades_into_itself() -> None:
 
 
 def test_mixture_is_the_sum_of_its_sources(toy: Toy) -> None:
-    """Up to the last bit of each file, where nothing clips."""
+    """The sum holds up to the last bit of each file if nothing clips."""
     row = read_metadata(toy.metadata[3], toy.librispeech, toy.wham)[0]
     quiet = dataclasses.replace(row, sources=tuple(dataclasses.replace(s, gain=0.2 * s.gain) for s in row.sources))
     sounds = {name: LibriMixFile(quiet, 16000, "max", name).render()[0] for name in ("s1", "s2", "s3", *TYPES, "noise")}
@@ -86,7 +86,7 @@ def test_mixture_is_the_sum_of_its_sources(toy: Toy) -> None:
     np.testing.assert_allclose(sounds["mix_single"], sounds["s1"] + sounds["noise"], atol=3 / 32768)
 
 
-def test_gains_are_read_to_the_last_digit(tmp_path: Path) -> None:
+def test_gains_keep_every_digit(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_text(
         "source_2_gain,mixture_ID,source_1_path,source_1_gain,source_2_path\n1.4352834120507272,a_b,a,2,b\n"
@@ -112,7 +112,7 @@ HEAD = "mixture_ID,source_1_path,source_1_gain,source_2_path,source_2_gain,noise
         ("", "columns are missing: mixture_ID"),
     ],
 )
-def test_broken_metadata_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_name_the_line_of_broken_metadata(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "m.csv"
     path.write_text(text)
     with pytest.raises(CorpusError, match=message):
@@ -139,7 +139,7 @@ def test_unusable_files_are_named(toy: Toy, tmp_path: Path) -> None:
         render("mix_both", noise=Scaled(tmp_path / "click.wav", 1.0))
 
 
-def test_8_khz_says_that_it_needs_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_khz_without_scipy_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.signal", None)
     require_resampler(16000)
     with pytest.raises(MissingDependencyError, match=r"onevoice\[protocols\]"):

@@ -1,4 +1,4 @@
-"""The sections that name a set of trials: one shape everywhere, and the shapes of earlier versions still load."""
+"""The config sections of trials: the same shape everywhere, and the shapes of earlier versions still load."""
 
 import dataclasses
 import json
@@ -140,7 +140,7 @@ def test_older_experiments_load(old: dict[str, Any], new: dict[str, Any]) -> Non
     assert changed_settings(before, other) == ["data.train.segment_seconds"]
 
 
-def test_dynamic_trials_are_left_alone() -> None:
+def test_dynamic_trials_load() -> None:
     experiment = from_dict(
         Experiment,
         override(LEAST, ['data.train={"kind": "dynamic", "pack": "p", "mixing": {"snr_db": [0.0, 5.0]}}']),
@@ -158,7 +158,7 @@ def test_older_names_of_the_folder_load(key: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["-t", "--t", "--folder", "--test-data-dir", "--test-data-folder"])
-def test_every_name_of_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+def test_the_option_has_every_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     make_trials(tmp_path / "trials", 1)
     (tmp_path / "eval.json").write_text(json.dumps({"data": LIBRIMIX, "metrics": ["si_sdr"], "jobs": 1}))
     checkpoint = save_tiny(tmp_path / "a.safetensors")
@@ -181,7 +181,7 @@ def older(experiment: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_older_run_folder_resumes(tmp_path: Path) -> None:
-    """Its config.json and the resume file hold the old shape; the weights come out as those of an unbroken run."""
+    """Its config.json and resume file have the old shape, and the weights equal those of an uninterrupted run."""
     trials = make_trials(tmp_path / "trials", 8, seconds=1.0)
     whole = from_dict(Experiment, settings(trials, tmp_path / "whole", scheduler={"name": "constant"}))
     train(whole)
@@ -197,6 +197,6 @@ def test_an_older_run_folder_resumes(tmp_path: Path) -> None:
 
 
 def test_records_keep_their_keys() -> None:
-    """What mixture.json and results held before stays as it is; the new keys come only where they are set."""
+    """Records keep the keys they had before; the newer keys appear only if they are set."""
     assert list(to_record(FolderTrials("a"))) == ["folder", "kind"]
     assert to_record(FolderTrials("a", limit=2)) == {"limit": 2, "folder": "a", "kind": "folder"}

@@ -1,4 +1,4 @@
-"""Trials from disk: found, cut, ordered and padded by rule, never by chance."""
+"""Trials from disk: finding them in folders, and cutting, ordering and padding them by rule."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_the_flat_layout(trials: Path) -> None:
 
 
 @pytest.mark.parametrize("with_endings", [True, False])
-def test_the_layout_of_folders(trials: Path, tmp_path: Path, with_endings: bool) -> None:
+def test_the_layout_with_folders(trials: Path, tmp_path: Path, with_endings: bool) -> None:
     for kind, folder in KINDS.items():
         (tmp_path / folder).mkdir()
         for path in files_of(trials, kind):
@@ -56,8 +56,8 @@ def test_the_layout_of_folders(trials: Path, tmp_path: Path, with_endings: bool)
             assert getattr(a, kind).read_bytes() == getattr(b, kind).read_bytes()
 
 
-def test_the_manifest_knows_the_speakers(copy: Path) -> None:
-    """A speaker's name may hold an underscore."""
+def test_the_manifest_names_the_speakers(copy: Path) -> None:
+    """The name of a speaker may contain an underscore."""
     names = [trial.name for trial in find_trials(copy)]
     rows = [json.dumps({"name": name, "target_speaker": f"a_{index}"}) for index, name in enumerate(names[:-1])]
     (copy / "manifest.jsonl").write_text("\n".join(rows) + "\n")
@@ -66,7 +66,7 @@ def test_the_manifest_knows_the_speakers(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ['{"name": "x", "targ', '{"name": "x"}', "3", "[]", ""])
-def test_a_damaged_manifest(copy: Path, line: str) -> None:
+def test_a_damaged_manifest_is_an_error(copy: Path, line: str) -> None:
     (copy / "manifest.jsonl").write_text(f'{{"name": "a", "target_speaker": "b"}}\n{line}\n')
     with pytest.raises(CorpusError, match=r"manifest\.jsonl: line 2 is not a row of `onevoice mix`"):
         find_trials(copy)
@@ -76,7 +76,7 @@ def test_limit_takes_the_first_by_name(trials: Path) -> None:
     assert find_trials(trials, 2) == find_trials(trials)[:2]
 
 
-def test_hidden_and_foreign_files_are_no_trials(copy: Path) -> None:
+def test_other_files_in_the_folder_are_ignored(copy: Path) -> None:
     before = find_trials(copy)
     for name in ("notes.txt", "x-mixed.txt", ".a-mixed.wav.123.part", "x.wav"):
         (copy / name).write_bytes(b"x")
@@ -92,14 +92,14 @@ def test_a_missing_file_is_named(copy: Path, kind: str, word: str) -> None:
         find_trials(copy)
 
 
-def test_no_folder_and_no_trials(tmp_path: Path) -> None:
+def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="holds no trials; expected NAME-mixed"):
         find_trials(tmp_path)
     with pytest.raises(CorpusError, match="no such folder of trials"):
         find_trials(tmp_path / "none")
 
 
-def test_whole_items_are_the_files(trials: Path) -> None:
+def test_uncut_items_equal_the_files(trials: Path) -> None:
     found = find_trials(trials)
     data = TrialDataset(found, 8000, speakers=("spk001", "spk002"))
     assert len(data) == 6
@@ -120,19 +120,19 @@ def test_other_rates_are_converted(copy: Path) -> None:
         item = TrialDataset(find_trials(copy), rate)[0, 0]
         assert (len(item.mixture), len(item.target), len(item.enrollment)) == (rate, rate, rate * 3 // 2)
     path = files_of(copy, "ref")[0]
-    write_audio(path, read_audio(path, 16_000)[0], 16_000)  # one file of another rate than its neighbours
+    write_audio(path, read_audio(path, 16_000)[0], 16_000)  # one file at another rate than its neighbors
     item = TrialDataset(find_trials(copy), 8000, segment_seconds=0.5)[0, 0]
     assert (len(item.mixture), len(item.enrollment)) == (4000, 12_000)
 
 
 def place(part: np.ndarray, whole: np.ndarray) -> int:
-    """Where in `whole` the samples `part` lie."""
+    """Return the index in `whole` where the samples `part` begin."""
     windows = np.lib.stride_tricks.sliding_window_view(whole, len(part))
     (found,) = np.flatnonzero((windows == part).all(axis=1))
     return int(found)
 
 
-def test_cuts_depend_on_seed_epoch_and_name_alone(trials: Path) -> None:
+def test_cuts_depend_only_on_seed_epoch_and_name(trials: Path) -> None:
     found = find_trials(trials)
     data = TrialDataset(found, 8000, segment_seconds=0.1, enrollment_seconds=0.2, seed=3)
     fewer = TrialDataset(found[2:4], 8000, segment_seconds=0.1, enrollment_seconds=0.2, seed=3)
@@ -150,7 +150,7 @@ def test_cuts_depend_on_seed_epoch_and_name_alone(trials: Path) -> None:
     assert len(starts) == 8
 
 
-def test_short_trials_are_left_whole(trials: Path) -> None:
+def test_short_trials_are_not_cut(trials: Path) -> None:
     item = TrialDataset(find_trials(trials), 8000, segment_seconds=5.0, enrollment_seconds=1.5)[0, 0]
     assert (len(item.mixture), len(item.enrollment)) == (8000, 12_000)
 
@@ -171,7 +171,7 @@ def test_unusable_trials_are_named(copy: Path, kind: str, samples: np.ndarray, c
         data[0, 1]
 
 
-def test_a_silent_target_is_a_trial_without_it(copy: Path) -> None:
+def test_a_silent_target_is_allowed(copy: Path) -> None:
     write_audio(files_of(copy, "target")[1], np.zeros(8000, np.float32), 8000)
     assert not TrialDataset(find_trials(copy), 8000)[0, 1].target.any()
 
@@ -194,20 +194,20 @@ SIZES = st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.
 
 
 @given(SIZES)
-def test_an_epoch_holds_each_trial_once(sizes: tuple[int, int, int, int]) -> None:
+def test_an_epoch_has_each_trial_once(sizes: tuple[int, int, int, int]) -> None:
     size, batch, seed, epoch = sizes
     batches = list(EpochSampler(size, batch, seed, epoch))
     flat = [index for keys in batches for _, index in keys]
     assert {key[0] for keys in batches for key in keys} == {epoch}
     assert len(set(flat)) == len(flat)
-    left_out = size % batch if size > batch else 0
-    assert len(flat) == size - left_out
+    dropped = size % batch if size > batch else 0
+    assert len(flat) == size - dropped
     assert all(len(keys) == min(batch, size) for keys in batches)
     assert len(EpochSampler(size, batch, seed, epoch)) == len(batches)
 
 
 @given(SIZES, st.integers(0, 40), st.booleans())
-def test_a_resumed_epoch_has_the_batches_that_were_left(
+def test_a_resumed_epoch_continues_with_the_remaining_batches(
     sizes: tuple[int, int, int, int], start: int, shuffle: bool
 ) -> None:
     size, batch, seed, epoch = sizes
@@ -215,18 +215,18 @@ def test_a_resumed_epoch_has_the_batches_that_were_left(
     assert list(EpochSampler(size, batch, seed, epoch, start, shuffle=shuffle)) == whole[start:]
 
 
-def test_order_is_shuffled_by_seed_and_epoch() -> None:
+def test_the_order_depends_on_seed_and_epoch() -> None:
     orders = {tuple(map(tuple, EpochSampler(50, 1, seed, 0))) for seed in range(3)}
     indices = {tuple(keys[0][1] for keys in EpochSampler(50, 1, 0, epoch)) for epoch in range(3)}
     assert len(orders) == len(indices) == 3
 
 
-def test_validation_is_in_order_and_whole() -> None:
+def test_without_shuffling_all_trials_come_in_order() -> None:
     assert list(EpochSampler(5, 2, 0, 9, shuffle=False)) == [[(9, 0), (9, 1)], [(9, 2), (9, 3)], [(9, 4)]]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5))
-def test_padding_is_zeros_behind(lengths: list[int]) -> None:
+def test_padding_adds_zeros_at_the_end(lengths: list[int]) -> None:
     signals = [np.arange(1, length + 1, dtype=np.float32) for length in lengths]
     padded, length = pad(signals)
     assert padded.shape == (len(lengths), max(lengths))

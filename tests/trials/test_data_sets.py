@@ -1,4 +1,4 @@
-"""Protocols: one list of trials whichever way a data set lies, and everything missing or wrong named and counted."""
+"""Data sets: the same trials on disk and on the fly, and everything missing or wrong is named and counted."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 @pytest.fixture(scope="module")
 def tree(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Libri2Mix as the official script writes it, min at 8 and 16 kHz."""
+    """A Libri2Mix as the official script writes it: min, at 8 and 16 kHz."""
     out = tmp_path_factory.mktemp("Libri2Mix")
     for rate in (8000, 16000):
         plain_tree(toy, 2, rate, "min", out)
@@ -64,7 +64,7 @@ def entries(config: LibriMix) -> dict[tuple[str, str], str]:
     return {key: choice.enrollment for key, choice in enrollment_map(config).items()}
 
 
-# ------------------------------------------------------------------ LibriMix, generated and on the fly
+# ------------------------------------------------------------------ LibriMix, on disk and on the fly
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
@@ -82,7 +82,7 @@ def test_on_the_fly_is_the_generated_data_set(toy: Toy, tree: Path, rate: Any, m
             np.testing.assert_array_equal(first, second)
 
 
-def test_targets_and_speakers_are_those_of_the_names(tree: Path) -> None:
+def test_targets_and_speakers_follow_the_names(tree: Path) -> None:
     trials = open_trials(on_disk(tree)).trials
     for trial in trials:
         mixture, _, source = trial.name.rpartition("_")
@@ -95,7 +95,7 @@ def test_targets_and_speakers_are_those_of_the_names(tree: Path) -> None:
     assert open_trials(on_disk(tree, limit=5)).trials == trials[:5]
 
 
-def test_without_its_metadata_a_tree_is_listed(toy: Toy, tmp_path: Path) -> None:
+def test_a_tree_without_metadata_is_listed_by_its_files(toy: Toy, tmp_path: Path) -> None:
     tree = plain_tree(toy, 2, 8000, "min", tmp_path)
     config = on_disk(tree, sample_rate=8000)
     by_metadata = open_trials(config).trials
@@ -106,7 +106,7 @@ def test_without_its_metadata_a_tree_is_listed(toy: Toy, tmp_path: Path) -> None
 
 
 def test_trials_make_batches(toy: Toy) -> None:
-    """The training side takes recipes as it takes files: crops, epochs, speakers, padding."""
+    """Training treats rendered audio like files: cuts, epochs, speakers, padding."""
     trials = open_trials(on_the_fly(toy, sample_rate=8000)).trials
     speakers = sorted({trial.speaker for trial in trials})
     data = TrialDataset(trials, 8000, speakers, segment_seconds=0.5, enrollment_seconds=0.8)
@@ -134,7 +134,7 @@ def test_the_draw_is_another_utterance_of_the_speaker(toy: Toy, tree: Path) -> N
     assert drawn != entries(on_the_fly(toy, enrollment=EnrollmentDraw(seed=1)))
 
 
-def test_the_draw_has_equal_chances_and_a_place_of_its_own() -> None:
+def test_the_draw_is_uniform_and_independent_of_other_targets() -> None:
     pool = {f"a-1-{k}": f"s1/a-1-{k}_b-1-0" for k in range(4)} | {"b-1-0": "s2/a-1-0_b-1-0"}
     targets = [(f"m{number}", "a-1-2") for number in range(3000)]
     drawn = draw(targets, pool, seed=3)
@@ -146,13 +146,13 @@ def test_the_draw_has_equal_chances_and_a_place_of_its_own() -> None:
     assert draw([("m0", "b-1-0")], pool, seed=3) == {}
 
 
-def test_an_utterance_is_taken_from_the_same_mixture_in_any_order() -> None:
+def test_the_pool_does_not_depend_on_the_order_of_the_mixtures() -> None:
     mixtures = [Mixture("a-1-1_b-1-1", ("a-1-1", "b-1-1")), Mixture("c-1-1_a-1-1", ("c-1-1", "a-1-1"))]
     expected = {"a-1-1": "s1/a-1-1_b-1-1", "b-1-1": "s2/a-1-1_b-1-1", "c-1-1": "s1/c-1-1_a-1-1"}
     assert mixture_pool(mixtures) == mixture_pool(mixtures[::-1]) == expected
 
 
-def test_draw_from_whole_utterances(toy: Toy, tree: Path) -> None:
+def test_a_draw_from_whole_utterances(toy: Toy, tree: Path) -> None:
     enrollment = EnrollmentDraw(pool="librispeech")
     for config in (
         on_the_fly(toy, enrollment=enrollment),
@@ -167,7 +167,7 @@ def test_draw_from_whole_utterances(toy: Toy, tree: Path) -> None:
         open_trials(on_disk(tree, enrollment=enrollment))
 
 
-def test_a_draw_written_down_is_a_map(toy: Toy, tmp_path: Path) -> None:
+def test_a_draw_can_be_written_to_a_map(toy: Toy, tmp_path: Path) -> None:
     config = on_the_fly(toy, mixture="mix_both")
     write_map(tmp_path / "map", enrollment_map(config))
     mapped = dataclasses.replace(config, enrollment=EnrollmentMapFile(str(tmp_path / "map")))
@@ -221,7 +221,7 @@ def test_bad_lines_of_a_map_are_named_and_counted(toy: Toy, tmp_path: Path, line
         assert len(opened.trials) == len(opened.left_out) == 1
 
 
-def test_a_map_may_take_the_target_itself_and_that_is_said(toy: Toy, tmp_path: Path) -> None:
+def test_an_enrollment_that_is_the_target_itself_is_noted(toy: Toy, tmp_path: Path) -> None:
     config = mapped(toy, tmp_path / "map", f"{MIXTURE} spk001-07-0001 s2/{MIXTURE}")
     opened = open_trials(config)
     assert opened.notes == ["1 of 1 enrollments are the target's own utterance, as the enrollment map says"]
@@ -230,7 +230,7 @@ def test_a_map_may_take_the_target_itself_and_that_is_said(toy: Toy, tmp_path: P
     assert open_trials(on_the_fly(toy)).notes == []
 
 
-def test_a_map_must_name_every_target_or_be_asked_for_less(toy: Toy, tmp_path: Path) -> None:
+def test_a_map_must_name_every_target_unless_targets_is_mapped(toy: Toy, tmp_path: Path) -> None:
     line = f"{MIXTURE} spk000-07-0000 s1/{OTHER}"
     with pytest.raises(CorpusError, match=r"15 of 16 trials .* the enrollment map has no line for it"):
         open_trials(mapped(toy, tmp_path / "map", line, targets="all"))
@@ -240,10 +240,10 @@ def test_a_map_must_name_every_target_or_be_asked_for_less(toy: Toy, tmp_path: P
         read_map(tmp_path / "none")
 
 
-# ------------------------------------------------------------------ what is missing
+# ------------------------------------------------------------------ missing files
 
 
-def test_missing_files_are_left_out_up_to_the_limit(toy: Toy, tmp_path: Path) -> None:
+def test_missing_files_are_skipped_up_to_the_limit(toy: Toy, tmp_path: Path) -> None:
     tree = plain_tree(toy, 2, 16000, "min", tmp_path)
     config = on_disk(tree, targets="first")
     assert open_trials(config).left_out == []
@@ -267,7 +267,7 @@ def test_missing_files_are_left_out_up_to_the_limit(toy: Toy, tmp_path: Path) ->
         assert [line.startswith(f"{OTHER}_s1: ") and text in line for line in left_out[1:]] == [True], name
 
 
-def test_a_metadata_row_without_its_file_is_named(toy: Toy, tmp_path: Path) -> None:
+def test_a_metadata_row_whose_file_is_missing_is_named(toy: Toy, tmp_path: Path) -> None:
     speech = tmp_path / "LibriSpeech"
     shutil.copytree(toy.librispeech, speech)
     (speech / "test-clean/spk000/07/spk000-07-0000.flac").unlink()
@@ -276,10 +276,10 @@ def test_a_metadata_row_without_its_file_is_named(toy: Toy, tmp_path: Path) -> N
         open_trials(config)
     opened = open_trials(dataclasses.replace(config, max_missing=0.99))
     assert len(opened.trials) + len(opened.left_out) == 16
-    assert all("spk000-07-0000.flac" not in str(sound.files()) for t in opened.trials for sound in sounds_of(t))
+    assert all("spk000-07-0000.flac" not in str(each.files()) for t in opened.trials for each in audio_of(t))
 
 
-def sounds_of(trial: Trial) -> list[Any]:
+def audio_of(trial: Trial) -> list[Any]:
     return [trial.mixture, trial.target, trial.enrollment]
 
 
@@ -297,7 +297,7 @@ def test_missing_folders_are_named_at_once(toy: Toy, change: dict[str, Any], mes
         open_trials(dataclasses.replace(on_the_fly(toy), **change))
 
 
-def test_a_tree_that_is_not_there(tree: Path) -> None:
+def test_a_missing_tree_is_named(tree: Path) -> None:
     for changes in ({"mode": "max"}, {"part": "dev"}):
         with pytest.raises(CorpusError, match="no such folder; name a generated LibriMix"):
             open_trials(dataclasses.replace(on_disk(tree), **changes))
@@ -311,7 +311,7 @@ KEYS = (f"{PAIR}_011a0109", f"{PAIR}_012c0209")
 
 @pytest.fixture
 def lists(tmp_path: Path) -> Path:
-    """Two keys of one mixture, in lists whose paths begin at the place of their authors."""
+    """Two keys of one mixture, in lists whose paths begin with folders of another machine."""
     rng = np.random.default_rng(0)
     places = {
         "mix": [f"/theirs/2mix/mix/{PAIR}.wav"] * 2,
@@ -371,7 +371,7 @@ def test_bad_lists_are_named(lists: Path, spoil: Callable[[Path], None], message
 @pytest.mark.parametrize(
     ("wanted", "message"), [("011a0101", "the target itself"), ("999a0101", "a speaker who is not in the mixture")]
 )
-def test_keys_that_contradict_themselves(lists: Path, wanted: str, message: str) -> None:
+def test_contradictory_keys_are_named(lists: Path, wanted: str, message: str) -> None:
     for name in ("mix", "ref", "aux"):
         path = f"/theirs/wsj0/{wanted}.wav" if name == "aux" else f"/theirs/2mix/mix/{PAIR}.wav"
         (lists / f"{name}.scp").write_text(f"{PAIR}_{wanted} {path}\n")
@@ -379,16 +379,16 @@ def test_keys_that_contradict_themselves(lists: Path, wanted: str, message: str)
         open_trials(wsj0(lists))
 
 
-def test_files_of_another_rate_are_no_trials(lists: Path) -> None:
+def test_files_at_another_rate_are_not_trials(lists: Path) -> None:
     with pytest.raises(CorpusError, match=r"2 of 2 trials .* is at 8000 Hz, not 16000 Hz"):
         open_trials(wsj0(lists, sample_rate=16000))
 
 
-# ------------------------------------------------------------------ to disk
+# ------------------------------------------------------------------ export
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_rendered_trials_are_the_protocol_bit_by_bit(toy: Toy, tmp_path: Path, workers: int) -> None:
+def test_exported_trials_equal_the_data_set_bit_for_bit(toy: Toy, tmp_path: Path, workers: int) -> None:
     config = on_the_fly(toy, mixture="mix_both", sample_rate=8000)
     opened = open_trials(config)
     summary = export_trials(config, tmp_path, workers=workers)
@@ -406,9 +406,7 @@ def test_rendered_trials_are_the_protocol_bit_by_bit(toy: Toy, tmp_path: Path, w
     assert str(summary) == f"16 trials ({seconds / 3600:.2f} h)"
 
 
-def test_an_interrupted_rendering_goes_on(
-    toy: Toy, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_export_resumes(toy: Toy, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = on_disk(tree)
     export_trials(config, tmp_path / "whole")
     calls = iter(range(100))
@@ -423,7 +421,7 @@ def test_an_interrupted_rendering_goes_on(
         export_trials(config, tmp_path / "cut")
     assert len((tmp_path / "cut" / MANIFEST).read_text().splitlines()) == 4
     export_trials(config, tmp_path / "cut")
-    assert next(calls) == 17, "no trial is made twice, but for the one interrupted"
+    assert next(calls) == 17, "only the interrupted trial is made twice"
     assert {p.name: p.read_bytes() for p in (tmp_path / "cut").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
     }
@@ -432,7 +430,7 @@ def test_an_interrupted_rendering_goes_on(
             export_trials(dataclasses.replace(config, **other), tmp_path / "cut")
 
 
-def test_folders_and_lists_are_rendered_too(lists: Path, tmp_path: Path) -> None:
+def test_folders_and_lists_are_exported_too(lists: Path, tmp_path: Path) -> None:
     trials = make_trials(tmp_path / "trials", 2)
     export_trials(FolderTrials(str(trials)), tmp_path / "copy")
     for path in trials.glob("*.wav"):
@@ -448,10 +446,10 @@ def test_folders_and_lists_are_rendered_too(lists: Path, tmp_path: Path) -> None
     assert not (tmp_path / "cut").exists()
 
 
-# ------------------------------------------------------------------ configs and evaluation
+# ------------------------------------------------------------------ folders and evaluation
 
 
-def test_folder_is_find_trials(tmp_path: Path) -> None:
+def test_the_kind_folder_finds_trials(tmp_path: Path) -> None:
     make_trials(tmp_path, 3)
     assert open_trials(FolderTrials(str(tmp_path), limit=2)).trials == find_trials(tmp_path, 2)
     (tmp_path / find_trials(tmp_path)[0].target).unlink()  # type: ignore[arg-type]
@@ -459,14 +457,14 @@ def test_folder_is_find_trials(tmp_path: Path) -> None:
         open_trials(FolderTrials(str(tmp_path)))
 
 
-def test_evaluation_takes_a_protocol(toy: Toy, tmp_path: Path) -> None:
-    """The scores of trials on the fly are those of the same trials on disk, and what was left out is said."""
+def test_evaluation_takes_a_data_set(toy: Toy, tmp_path: Path) -> None:
+    """Trials on the fly and on disk have the same scores, and skipped trials are reported."""
     torch.manual_seed(0)
     small = SpExPlusConfig(
         sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
     )
     extractor = Extractor(SpExPlus(small), Card(small))
-    protocol = mapped(
+    chosen = mapped(
         toy,
         tmp_path / "map",
         f"{MIXTURE} spk000-07-0000 s1/{OTHER}",
@@ -475,20 +473,20 @@ def test_evaluation_takes_a_protocol(toy: Toy, tmp_path: Path) -> None:
         max_missing=0.5,
     )
     options: dict[str, Any] = {"jobs": 1, "metrics": ("si_sdr", "si_sdr_improvement")}
-    report = evaluate(extractor, EvaluationConfig(data=protocol, **options), progress=False)
-    export_trials(protocol, tmp_path / "disk")
+    report = evaluate(extractor, EvaluationConfig(data=chosen, **options), progress=False)
+    export_trials(chosen, tmp_path / "disk")
     on_files = evaluate(extractor, EvaluationConfig(folder=str(tmp_path / "disk"), **options), progress=False)
     assert [row.values for row in report.trials] == [row.values for row in on_files.trials]
     assert report.to_dict()["left_out"] == [f"{tmp_path}/map:2: mixture {MIXTURE!r} has no utterance 'nobody'"]
     assert "skipped  1 trials" in format_report(report)
-    few = EvaluationConfig(data=dataclasses.replace(protocol, segment_seconds=0.25), limit=1, **options)
+    few = EvaluationConfig(data=dataclasses.replace(chosen, segment_seconds=0.25), limit=1, **options)
     assert [row.seconds for row in evaluate(extractor, few, progress=False).trials] == [0.25]
-    for wrong in (EvaluationConfig(), EvaluationConfig(data=protocol, folder="x")):
+    for wrong in (EvaluationConfig(), EvaluationConfig(data=chosen, folder="x")):
         with pytest.raises(ConfigError, match="set one of them"):
             evaluate(extractor, wrong)
 
 
-def test_a_recipe_that_fails_is_an_error_of_ours(toy: Toy, tmp_path: Path) -> None:
+def test_rendered_audio_of_another_length_is_an_error(toy: Toy, tmp_path: Path) -> None:
     (trial,) = open_trials(mapped(toy, tmp_path / "map", f"{MIXTURE} spk000-07-0000 s1/{OTHER}")).trials
     with pytest.raises(AudioError, match="they must match"):
         load_trial(dataclasses.replace(trial, target=trial.enrollment), 16000)
