@@ -186,5 +186,5 @@ def test_what_cannot_be_shared_is_refused(trials: Path, tmp_path: Path) -> None:
         Trainer(experiment(trials, tmp_path, training__accumulate=4), quiet, Group(0, 2))
     with pytest.raises(ConfigError, match=r"training\.on_out_of_memory"):
         Trainer(experiment(trials, tmp_path, training__on_out_of_memory="halve"), quiet, Group(0, 2))
-    with pytest.raises(ConfigError, match=r"more than the 24 trials there are to share among 2"):
+    with pytest.raises(ConfigError, match=r"more than the 24 trials that 2 processes share"):
         Trainer(experiment(trials, tmp_path, data__batch_size=26), quiet, Group(0, 2))

@@ -61,7 +61,7 @@ def open_source(
 
 
 class ValidationTrials:
-    """The validation trials in batches, in their order, or the `share` of one process; can be gone through often."""
+    """The validation trials in batches, in their order, or the `share` of one process; iterate as often as needed."""
 
     def __init__(
         self, data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: ProcessShare = WHOLE_BATCH
@@ -85,7 +85,7 @@ class ValidationTrials:
 
 
 class TrialSource(Source):
-    """Trials that exist, in an order drawn for each epoch."""
+    """Trials that exist, in a new random order in each epoch."""
 
     def __init__(
         self,
@@ -106,8 +106,8 @@ class TrialSource(Source):
         self.steps_per_epoch = len(EpochSampler(len(trials), data.batch_size, seed, 0))
         if len(trials) < data.batch_size and share[1] > 1:
             raise ConfigError(
-                f"data.batch_size: {data.batch_size} is more than the {len(trials)} trials there are to share among "
-                f"{share[1]} processes; lower it"
+                f"data.batch_size: {data.batch_size} is more than the {len(trials)} trials that {share[1]} processes "
+                "share; lower it"
             )
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
@@ -132,10 +132,12 @@ class DynamicSource(Source):
         self.planner = Planner(
             speech,
             trials.mixing,
-            None if trials.noise is None else (trials.noise, _open_pack(trials.noise.pack, sample_rate, "noise.pack")),
+            None
+            if trials.noise is None
+            else (trials.noise, _open_pack(trials.noise.pack, sample_rate, "data.train.noise.pack")),
             None
             if trials.reverb is None
-            else (trials.reverb, _open_pack(trials.reverb.pack, sample_rate, "reverb.pack")),
+            else (trials.reverb, _open_pack(trials.reverb.pack, sample_rate, "data.train.reverb.pack")),
             trials.channel,
             seed,
         )
