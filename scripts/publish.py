@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import tempfile
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,9 @@ def model_card(
     counts = f"{result['target_present']} with the target, {result['target_absent']} without"
     return f"""# {name}
 
-    onevoice extract mixture.wav enrollment.wav voice.wav --pretrained {name}
+```sh
+onevoice extract mixture.wav enrollment.wav voice.wav --pretrained {name}
+```
 
 | | |
 |---|---|
@@ -232,7 +235,7 @@ Trials: `{json.dumps(portable(result["data"]))}`, {counts}.
 
 ## Training
 
-{"; ".join(facts)}.
+{textwrap.fill("; ".join(facts), 119)}.
 
 ```json
 {json.dumps(experiment, indent=1, ensure_ascii=False)}
