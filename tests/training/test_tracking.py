@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,9 @@ import pytest
 from onevoice.audio import read_audio
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import ConfigError, MissingDependencyError, StorageError
+from onevoice.training import tracking
 from onevoice.training.tracking import (
     KEPT_VALIDATIONS,
-    JsonlSink,
-    Row,
-    SamplesSink,
-    Sink,
     Tracker,
     TrackingConfig,
     WandbConfig,
@@ -33,7 +31,7 @@ def sound(level: float = 0.5, samples: int = 800) -> np.ndarray:
 
 
 def record(folder: Path, steps: range, resume_step: int | None = None, config: TrackingConfig = PLAIN) -> None:
-    with open_tracker(config, folder, "run", {"seed": 1}, resume_step) as tracker:
+    with closing(open_tracker(config, folder, "run", {"seed": 1}, resume_step)) as tracker:
         for step in steps:
             tracker.scalars(step, {"train/loss": 1 / (1 + step)}, epoch=step // 4)
             if step % 4 == 3:
@@ -48,7 +46,7 @@ def without_time(folder: Path) -> list[dict]:
 
 def test_each_line_is_an_object_with_step_epoch_time_and_values(tmp_path: Path) -> None:
     before = time.time()
-    with open_tracker(PLAIN, tmp_path / "run", "run", {}) as tracker:
+    with closing(open_tracker(PLAIN, tmp_path / "run", "run", {})) as tracker:
         tracker.scalars(7, {"train/loss": 1.25, "train/learning_rate": 1e-3}, epoch=2)
         text = (tmp_path / "run" / "metrics.jsonl").read_text()  # on the disk before the tracker is closed
     assert text.endswith("\n")
@@ -58,7 +56,7 @@ def test_each_line_is_an_object_with_step_epoch_time_and_values(tmp_path: Path) 
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
-    with open_tracker(PLAIN, tmp_path, "run", {}) as tracker:
+    with closing(open_tracker(PLAIN, tmp_path, "run", {})) as tracker:
         tracker.scalars(1, {"a": float("nan"), "b": float("inf"), "c": np.float32(0.5), "d": -np.inf}, epoch=0)
     text = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -66,7 +64,7 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
 
 
 def test_a_scalar_cannot_take_the_place_of_the_step(tmp_path: Path) -> None:
-    with open_tracker(PLAIN, tmp_path, "run", {}) as tracker, pytest.raises(ValueError, match="'step'"):
+    with closing(open_tracker(PLAIN, tmp_path, "run", {})) as tracker, pytest.raises(ValueError, match="'step'"):
         tracker.scalars(1, {"step": 2.0}, epoch=0)
 
 
@@ -83,7 +81,7 @@ def test_a_killed_and_resumed_run_leaves_the_record_of_an_uninterrupted_one(tmp_
 def test_resuming_drops_the_sounds_of_later_steps(tmp_path: Path) -> None:
     record(tmp_path, range(12))
     (tmp_path / "samples" / "step-mine.wav").write_bytes(b"")
-    SamplesSink(tmp_path / "samples", resume_step=7)
+    open_tracker(PLAIN, tmp_path, "run", {}, 7).close()
     kept = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert [name[:13] for name in kept] == ["step-00000003", "step-00000007", "step-mine.wav"]
 
@@ -128,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_sounds_are_files_with_safe_names(tmp_path: Path) -> None:
-    with open_tracker(PLAIN, tmp_path, "run", {}) as tracker:
+    with closing(open_tracker(PLAIN, tmp_path, "run", {})) as tracker:
         sounds = {"mixture": sound(0.25), "enrollment": sound(0.1, 400)}
         tracker.audio(12, "a/b c", sounds, 16000)
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {
@@ -144,7 +142,7 @@ def test_sounds_of_undefined_level_neither_clip_nor_fail(tmp_path: Path) -> None
     broken = sound()
     broken[10:20] = np.nan
     broken[30] = np.inf
-    with open_tracker(PLAIN, tmp_path, "run", {}) as tracker:
+    with closing(open_tracker(PLAIN, tmp_path, "run", {})) as tracker:
         tracker.audio(1, "loud", {"estimate": sound(40.0)}, 8000)
         tracker.audio(1, "broken", {"estimate": broken}, 8000)
     loud, _ = read_audio(tmp_path / "samples" / "step-00000001-loud-estimate.wav")
@@ -156,7 +154,7 @@ def test_sounds_of_undefined_level_neither_clip_nor_fail(tmp_path: Path) -> None
 
 
 def test_samples_hold_the_latest_validations_only(tmp_path: Path) -> None:
-    with open_tracker(PLAIN, tmp_path, "run", {}) as tracker:
+    with closing(open_tracker(PLAIN, tmp_path, "run", {})) as tracker:
         for step in range(0, 1000, 100):
             for name in ("one", "two"):
                 tracker.audio(step, name, {"estimate": sound()}, 8000)
@@ -165,30 +163,50 @@ def test_samples_hold_the_latest_validations_only(tmp_path: Path) -> None:
     assert len(list((tmp_path / "samples").iterdir())) == 2 * KEPT_VALIDATIONS
 
 
-def test_without_sinks_nothing_happens() -> None:
-    with Tracker() as tracker:
+def test_a_tracker_without_a_folder_records_nothing() -> None:
+    with closing(Tracker()) as tracker:
         tracker.scalars(1, {"a": 1.0}, epoch=0)
         tracker.audio(1, "a", {"estimate": sound()}, 8000)
         tracker.flush()
 
 
-def test_every_sink_is_closed_even_when_one_fails() -> None:
+def test_every_record_is_closed_even_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
 
-    class Recording(Sink):
-        def __init__(self, name: str, broken: bool) -> None:
-            self.name, self.broken = name, broken
-
+    class Writer:
         def close(self) -> None:
-            closed.append(self.name)
-            if self.broken:
-                raise OSError("gone")
+            closed.append("tensorboard")
+            raise OSError("gone")
 
-    tracker = Tracker(Recording("a", False), Recording("b", True), Recording("c", False))
+    class Run:
+        def finish(self) -> None:
+            closed.append("wandb")
+
+    monkeypatch.setattr(tracking, "_open_tensorboard", lambda *_: Writer())
+    monkeypatch.setattr(tracking, "_open_wandb", lambda *_: Run())
+    tracker = open_tracker(TrackingConfig(WandbConfig("p"), tensorboard=True), tmp_path, "run", {})
     with pytest.raises(OSError, match="gone"):
         tracker.close()
-    assert sorted(closed) == ["a", "b", "c"]
+    assert sorted(closed) == ["tensorboard", "wandb"]
+    assert tracker.metrics.closed
     tracker.close()
+
+
+def test_what_was_opened_is_closed_when_opening_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Writer:
+        def close(self) -> None:
+            closed.append("tensorboard")
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("tracking.wandb: no")
+
+    monkeypatch.setattr(tracking, "_open_tensorboard", lambda *_: Writer())
+    monkeypatch.setattr(tracking, "_open_wandb", refuse)
+    with pytest.raises(ConfigError, match="no"):
+        open_tracker(TrackingConfig(WandbConfig("p"), tensorboard=True), tmp_path, "run", {})
+    assert closed == ["tensorboard"]
 
 
 def test_tensorboard_shows_scalars_and_sounds_without_the_steps_that_were_repeated(tmp_path: Path) -> None:
@@ -225,9 +243,12 @@ def test_wandb_offline_needs_no_network_and_keeps_the_run_id(offline_wandb: Path
     run_id = (offline_wandb / "wandb_id.txt").read_text()
     [run] = (offline_wandb / "wandb").glob("offline-run-*")
     [log] = run.glob("*.wandb")
+    expected = (b"onevoice-tests", b"train/loss", b"validation/si_sdr_improvement", b"0.25", b"seed")
+    patience = time.monotonic() + 60  # wandb's own process may still be writing
+    while not all(part in log.read_bytes() for part in expected) and time.monotonic() < patience:
+        time.sleep(0.05)
     content = log.read_bytes()
-    for expected in (b"onevoice-tests", b"train/loss", b"validation/si_sdr_improvement", b"0.25", b"seed"):
-        assert expected in content
+    assert [part for part in expected if part not in content] == []
     [player] = run.rglob("*.wav")
     assert len(read_audio(player)[0]) == 800
 
@@ -300,9 +321,10 @@ def test_importing_tracking_brings_no_heavy_package() -> None:
 
 
 def test_flush_is_safe_at_any_time(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.flush()
-    sink.scalars(Row(1, 0, 0.0, {"a": 1.0}))
-    sink.flush()
-    sink.close()
-    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "epoch": 0, "wall_time": 0.0, "a": 1.0}]
+    tracker = open_tracker(PLAIN, tmp_path, "run", {})
+    tracker.flush()
+    tracker.scalars(1, {"a": 1.0}, epoch=0)
+    tracker.flush()
+    tracker.close()
+    tracker.flush()
+    assert [row["a"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1.0]

@@ -122,7 +122,8 @@ class Trainer:
         """Train to the end, an early stop, the deadline (on `time.monotonic`) or a signal; return the run folder."""
         self.deadline, self.stop_request = deadline, stop_request or self.stop_request
         settings, progress = self.experiment.training, self.state.progress
-        with self._open_tracker() as self.tracker, self._open_display() as self.display:
+        self.tracker, self.display = self._open_tracker(), self._open_display()
+        with contextlib.closing(self.tracker), contextlib.closing(self.display):
             while progress.step < self.last_step or progress.validated_step < progress.step:
                 if settings.early_stop_epochs and progress.epochs_without_gain >= settings.early_stop_epochs:
                     self.say(f"no better validation for {progress.epochs_without_gain} epochs: stopped")
@@ -269,8 +270,8 @@ class Trainer:
         step = self.state.progress.step or None
         return open_tracker(self.experiment.tracking, self.folder, self.experiment.name, settings, step)
 
-    def _open_display(self) -> "contextlib.closing[Display]":
-        return contextlib.closing(Display(self.state.progress.step, self.last_step, enabled=self.group.is_first))
+    def _open_display(self) -> Display:
+        return Display(self.state.progress.step, self.last_step, enabled=self.group.is_first)
 
     def _is_stopping(self) -> bool:
         """Check whether time is up or a signal asked to stop, in any process of the group."""

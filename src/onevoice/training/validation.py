@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onevoice.audio import Mono
 from onevoice.errors import CorpusError
 from onevoice.models import Network, to_network
 from onevoice.training.distributed import Group
 from onevoice.training.loss import si_sdr, suppression
-from onevoice.training.tracking import Sound, SoundKind
+from onevoice.training.tracking import SoundKind
 from onevoice.trials.reading import TrialBatch
 
 
@@ -66,7 +67,7 @@ def _means(scores: list[Score]) -> dict[str, float]:
     return {"si_sdr_db": float(means[0]), "si_sdri_db": float(means[1]), **suppressed}
 
 
-def sounds(batch: TrialBatch, estimate: Tensor, row: int) -> dict[SoundKind, Sound]:
+def sounds(batch: TrialBatch, estimate: Tensor, row: int) -> dict[SoundKind, Mono]:
     """Return what there is to hear of one item of a batch."""
     length, ref_length = int(batch["audio_length"][row]), int(batch["ref_length"][row])
     return {
