@@ -175,6 +175,7 @@ def _all_outcomes(
             total=count,
             initial=count - len(missing),
             unit="trial",
+            disable=None,
             miniters=update_steps,
             mininterval=0,
         ) as bar,
