@@ -1,4 +1,4 @@
-"""Evaluate: `python3 eval.py --c configs/test_config.json --r CHECKPOINT`; the same as `onevoice eval`."""
+"""Evaluate: `python3 eval.py --c configs/test_config.json --r CHECKPOINT`, the same as `onevoice eval`."""
 
 import sys
 

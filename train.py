@@ -1,4 +1,4 @@
-"""Train: `python3 train.py --c configs/tiny.json [--r CHECKPOINT]`; the same as `onevoice train`."""
+"""Train: `python3 train.py --c configs/tiny.json [--r CHECKPOINT]`, the same as `onevoice train`."""
 
 import sys
 

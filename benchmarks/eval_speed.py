@@ -1,9 +1,9 @@
-"""How evaluation scales with cores: trials per second of the metrics (SI-SDR, SI-SDRi, PESQ, STOI) by processes.
+"""Evaluation speed by number of processes: trials per second for SI-SDR, SI-SDRi, PESQ and STOI.
 
     python benchmarks/eval_speed.py [--trials 24] [--seconds 6] [--jobs 1 2 4] [--repeats 3]
 
-Toy trials at 16 kHz through a tiny network, so that the metrics are what is measured. Every run includes the
-start of its processes, as a user's does. Runs alternate; the table gives medians.
+Toy trials at 16 kHz go through a tiny network, so that the metrics take nearly all of the time. Every run includes the
+start of its processes, as a user's run does. Runs alternate; the table shows medians.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2, os.cpu_count() or 1])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    import torch  # here, so that the worker processes, which import this file, do without
+    import torch  # not at the top: worker processes import this file and do not need torch
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from voices import make_trials

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on this machine: the few requests that a download makes, and its refusals."""
+"""A local stand-in for the Hugging Face hub: the few requests of a download, and its errors."""
 
 import contextlib
 import hashlib
@@ -67,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(repos: Repos) -> Iterator[str]:
-    """Serve `repos` on a free port; give the address."""
+    """Serve `repos` on a free port and yield the address."""
     handler = type("Handler", (Hub,), {"repos": repos})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)

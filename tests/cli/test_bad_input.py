@@ -1,4 +1,4 @@
-"""Bad input: one line on standard error that names the file or key, status 2, and nothing half-written."""
+"""Bad input gives one line on standard error that names the file or key, status 2, and no half-written file."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ from onevoice.models import SpExPlus
 
 
 class Home(NamedTuple):
-    """A folder with all that a command needs, every bit of it good."""
+    """A folder with everything that a command needs, all of it valid."""
 
     folder: Path
 
@@ -53,7 +53,7 @@ class Home(NamedTuple):
         return {path: path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
 
     def arguments(self, verb: str) -> list[object]:
-        """A command that works."""
+        """The arguments of a command that works."""
         return {
             "extract": [
                 "extract", self.mixture, self.enrollment, self.folder / "out.wav", "--checkpoint", self.checkpoint,
@@ -81,8 +81,8 @@ def home(pattern: Path, tmp_path: Path) -> Home:
     return home
 
 
-def complains(outcome: Outcome, *words: object) -> None:
-    """One line, status 2, and it holds the words."""
+def check_error(outcome: Outcome, *words: object) -> None:
+    """Check for status 2 and one line with the words in it."""
     assert outcome.status == 2, outcome
     assert outcome.err.startswith("onevoice: error: "), outcome.err
     assert outcome.err.count("\n") == 1, outcome.err
@@ -90,10 +90,10 @@ def complains(outcome: Outcome, *words: object) -> None:
         assert str(word) in outcome.err
 
 
-def fails(capsys: pytest.CaptureFixture[str], home: Home, arguments: list[object], *words: object) -> None:
-    """The command complains and leaves the folder as it was, but for the record of a training that had begun."""
+def check_fails(capsys: pytest.CaptureFixture[str], home: Home, arguments: list[object], *words: object) -> None:
+    """Check that the command fails and leaves the folder unchanged, except for the record of a started training."""
     before = home.files()
-    complains(command(capsys, *arguments), *words)
+    check_error(command(capsys, *arguments), *words)
     after = {path: data for path, data in home.files().items() if "runs" not in path.parts}
     assert after == before
     assert not list(home.folder.rglob("*.part"))
@@ -126,11 +126,11 @@ def cut(path: Path) -> None:
 
 
 def encoded_and_cut(ending: str, kept: float = 0.6) -> Callable[[Path], None]:
-    """The bytes decide what a file is, whatever its name says: cut FLAC or Ogg under the old name."""
+    """Cut an encoded file under a .wav name: the bytes decide the format, not the name."""
 
     def spoil(path: Path) -> None:
         samples, rate = soundfile.read(path, dtype="float32")
-        write_audio(path.with_suffix(ending), np.tile(samples, 4), rate)  # some pages of Ogg
+        write_audio(path.with_suffix(ending), np.tile(samples, 4), rate)  # several Ogg pages
         data = path.with_suffix(ending).read_bytes()
         path.with_suffix(ending).unlink()
         path.write_bytes(data[: int(kept * len(data))])
@@ -187,7 +187,7 @@ def test_unusable_sound(
 ) -> None:
     path: Path = getattr(home, which)
     spoil(path)
-    fails(capsys, home, home.arguments(verb), path, complaint)
+    check_fails(capsys, home, home.arguments(verb), path, complaint)
 
 
 @pytest.mark.parametrize("which", ["mixture", "enrollment"])
@@ -195,45 +195,47 @@ def test_missing_sound_for_extract(home: Home, capsys: pytest.CaptureFixture[str
     path: Path = getattr(home, which)
     arguments = home.arguments("extract")
     path.unlink()
-    fails(capsys, home, arguments, path, "no such file")
+    check_fails(capsys, home, arguments, path, "no such file")
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
 def test_missing_file_of_a_trial(home: Home, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     home.enrollment.unlink()
-    fails(capsys, home, home.arguments(verb), home.trials, "1 of 6 trials lack their enrollment, first 'spk")
+    check_fails(capsys, home, home.arguments(verb), home.trials, "1 of 6 trials lack their enrollment, first 'spk")
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
 def test_a_target_of_another_length(home: Home, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     path = sorted(home.trials.glob("*-target.wav"))[0]
     write_audio(path, np.ones(5000, np.float32) / 2, 8000)
-    fails(capsys, home, home.arguments(verb), path, "has 5000 samples, its mixture 8000; they must match")
+    check_fails(capsys, home, home.arguments(verb), path, "has 5000 samples, its mixture 8000; they must match")
 
 
 def test_an_enrollment_that_is_too_short(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     write_audio(home.enrollment, Voice.number(0).say(0, 0.2), 8000)
-    fails(capsys, home, home.arguments("extract"), home.enrollment, "lasts 0.20 s; an enrollment needs at least 0.5 s")
+    check_fails(
+        capsys, home, home.arguments("extract"), home.enrollment, "lasts 0.20 s; an enrollment needs at least 0.5 s"
+    )
 
 
 def test_folders_and_names_in_place_of_files(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     for name, complaint in ((home.trials, "is a folder"), ("n" * 300 + ".wav", "too long"), ("a\nb.wav", r"a\nb.wav")):
         arguments = home.arguments("extract")
         arguments[1] = name
-        fails(capsys, home, arguments, complaint)
+        check_fails(capsys, home, arguments, complaint)
 
 
-def test_unusable_sound_met_in_a_worker(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_sound_in_a_worker(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     cut(home.mixture)
-    fails(capsys, home, [*home.arguments("train"), "--set", "data.workers=1"], home.mixture, "truncated")
+    check_fails(capsys, home, [*home.arguments("train"), "--set", "data.workers=1"], home.mixture, "truncated")
 
 
-def test_one_in_a_process_of_its_own(home: Home) -> None:
-    """Nothing more on standard error than in the tests above, by the operating system's count."""
+def test_bad_sound_in_a_separate_process(home: Home) -> None:
+    """A real process prints the same single line on standard error."""
     cut(home.mixture)
     before = home.files()
-    complains(process(["-m", "onevoice", *home.arguments("extract")]), home.mixture, "truncated")
-    complains(process([ROOT / "eval.py", *home.arguments("eval")[1:]]), "truncated")
+    check_error(process(["-m", "onevoice", *home.arguments("extract")]), home.mixture, "truncated")
+    check_error(process([ROOT / "eval.py", *home.arguments("eval")[1:]]), "truncated")
     assert home.files() == before
 
 
@@ -286,7 +288,7 @@ def test_a_corpus_that_cannot_be_mixed(
     out = tmp_path / "out"
     done = command(capsys, "mix", tmp_path / "corpus", out, "--count", "2", "--workers", "1", "--sample-rate", "8000")
     lines = done.err.strip().splitlines()
-    complains(done._replace(err=f"{lines[-1]}\n"), complaint)  # a progress bar may stand before it
+    check_error(done._replace(err=f"{lines[-1]}\n"), complaint)  # a progress bar may come first
     assert not list(tmp_path.rglob("*.wav"))
     assert not list(tmp_path.rglob("*.part"))
 
@@ -305,23 +307,25 @@ def test_a_corpus_that_cannot_be_mixed(
 def test_mix_out_of_range(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
 ) -> None:
-    complains(command(capsys, "mix", corpus, tmp_path / "out", *options), complaint)
+    check_error(command(capsys, "mix", corpus, tmp_path / "out", *options), complaint)
     assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
 def test_folders_without_trials(home: Home, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     shutil.rmtree(home.trials)
-    fails(capsys, home, ["eval", "-r", home.checkpoint, "-t", home.trials], home.trials, "no such folder of trials")
+    check_fails(
+        capsys, home, ["eval", "-r", home.checkpoint, "-t", home.trials], home.trials, "no such folder of trials"
+    )
     home.trials.mkdir()
     arguments = ["eval", "-r", home.checkpoint, "-t", home.trials] if verb == "eval" else ["train", "-c", home.config]
-    fails(capsys, home, arguments, home.trials, "holds no trials")
+    check_fails(capsys, home, arguments, home.trials, "holds no trials")
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
 def test_a_damaged_manifest(home: Home, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     (home.trials / "manifest.jsonl").write_text('{"name": "a", "targ')
-    fails(capsys, home, home.arguments(verb), home.trials / "manifest.jsonl", "line 1 is not a row")
+    check_fails(capsys, home, home.arguments(verb), home.trials / "manifest.jsonl", "line 1 is not a row")
 
 
 # Configs --------------------------------------------------------------------------------------------------------
@@ -345,14 +349,14 @@ CONFIGS = {
 def test_configs_of_eval(home: Home, capsys: pytest.CaptureFixture[str], content: str, complaint: str) -> None:
     path = home.folder / "test.json"
     path.write_text(content)
-    fails(capsys, home, ["eval", "-c", path, *home.arguments("eval")[1:]], path, complaint)
+    check_fails(capsys, home, ["eval", "-c", path, *home.arguments("eval")[1:]], path, complaint)
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
 def test_no_config(home: Home, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     path = home.folder / "none.json"
     arguments = ["train", "-c", path] if verb == "train" else [*home.arguments("eval"), "-c", path]
-    fails(capsys, home, arguments, path, "No such file or directory")
+    check_fails(capsys, home, arguments, path, "No such file or directory")
 
 
 @pytest.mark.parametrize(
@@ -371,14 +375,14 @@ def test_no_config(home: Home, capsys: pytest.CaptureFixture[str], verb: str) ->
     ],
 )
 def test_configs_of_train(home: Home, capsys: pytest.CaptureFixture[str], setting: str, complaint: str) -> None:
-    fails(capsys, home, [*home.arguments("train"), "--set", setting], complaint)
+    check_fails(capsys, home, [*home.arguments("train"), "--set", setting], complaint)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_devices_that_are_not_there(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_devices(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("extract", "eval"):
         for device in ("cuda", "gpu"):
-            fails(capsys, home, [*home.arguments(verb), "--device", device], f"device: '{device}' is not there")
+            check_fails(capsys, home, [*home.arguments(verb), "--device", device], f"device: '{device}' is not there")
     fails(
         capsys,
         home,
@@ -391,7 +395,7 @@ def test_devices_that_are_not_there(home: Home, capsys: pytest.CaptureFixture[st
 
 
 class Malicious:
-    """Unpickled, it writes a file."""
+    """An object that creates a file when unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -405,7 +409,7 @@ def other_program(path: Path) -> None:
 
 
 def weights_of_other_sizes(path: Path) -> None:
-    """The card of one model with the weights of another."""
+    """Write the card of one model with the weights of another."""
     save_checkpoint(path, SpExPlus(replace(TINY, hidden=12)).state_dict(), Card(TINY))
 
 
@@ -431,13 +435,15 @@ def test_unusable_checkpoints(
         "load": [*home.arguments("train"), "--load", home.checkpoint],
         "info": ["info", home.checkpoint],
     }
-    fails(capsys, home, arguments[verb] if verb in arguments else home.arguments(verb), home.checkpoint, complaint)
+    check_fails(
+        capsys, home, arguments[verb] if verb in arguments else home.arguments(verb), home.checkpoint, complaint
+    )
 
 
 def test_load_of_another_model(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(home.folder / "other.safetensors", replace(TINY, hidden=12))
     arguments = [*home.arguments("train"), "--load", home.folder / "other.safetensors"]
-    fails(capsys, home, arguments, "other.safetensors", "belongs to another model than spexplus of this config")
+    check_fails(capsys, home, arguments, "other.safetensors", "belongs to another model than spexplus of this config")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -454,15 +460,15 @@ def test_code_in_a_checkpoint_is_not_run(
         "load": [*home.arguments("train"), "--load", path],
         "resume": [*home.arguments("train"), "-r", path],
     }[verb]
-    fails(capsys, home, arguments, "bad.resume.pt" if verb == "resume" else path)
+    check_fails(capsys, home, arguments, "bad.resume.pt" if verb == "resume" else path)
     assert not trace.exists()
 
 
-def test_resuming_what_is_no_run(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, home, [*home.arguments("train"), "-r", home.checkpoint], "good.resume.pt", "beside it")
-    fails(capsys, home, ["train", "-r", home.checkpoint], home.folder / "config.json", "No such file")
+def test_resuming_without_a_resume_file(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    check_fails(capsys, home, [*home.arguments("train"), "-r", home.checkpoint], "good.resume.pt", "beside it")
+    check_fails(capsys, home, ["train", "-r", home.checkpoint], home.folder / "config.json", "No such file")
     torch.save({"epoch": 3}, home.folder / "good.resume.pt")
-    fails(capsys, home, [*home.arguments("train"), "-r", home.checkpoint], "good.resume.pt: not a resume file")
+    check_fails(capsys, home, [*home.arguments("train"), "-r", home.checkpoint], "good.resume.pt: not a resume file")
 
 
 def test_resuming_another_model(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,11 +476,11 @@ def test_resuming_another_model(home: Home, capsys: pytest.CaptureFixture[str]) 
     last = home.folder / "runs" / "toy" / "last.safetensors"
     before = home.files()
     arguments = [*home.arguments("train"), "-r", last, "--set", "model.hidden=12"]
-    complains(command(capsys, *arguments), "last.resume.pt", "was made with other settings (model.hidden)")
+    check_error(command(capsys, *arguments), "last.resume.pt", "was made with other settings (model.hidden)")
     data = last.with_name("last.resume.pt").read_bytes()
     assert home.files() == before
     last.with_name("last.resume.pt").write_bytes(data[: len(data) // 2])
-    complains(command(capsys, "train", "-r", last), "last.resume.pt: not a readable checkpoint")
+    check_error(command(capsys, "train", "-r", last), "last.resume.pt: not a readable checkpoint")
 
 
 # Writing --------------------------------------------------------------------------------------------------------
@@ -482,7 +488,7 @@ def test_resuming_another_model(home: Home, capsys: pytest.CaptureFixture[str]) 
 
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes, in this process and those it starts."""
+    """Limit every file to `size` bytes, in this process and the processes it starts."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -497,8 +503,8 @@ FULL = "cannot be written (File too large); free space or choose another place"
 def test_full_disk_for_extract(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     before = home.files()
     with full_disk(20_000):
-        fails(capsys, home, home.arguments("extract"), home.folder / "out.wav", FULL)
-        complains(process(["-m", "onevoice", *home.arguments("extract")]), home.folder / "out.wav", FULL)
+        check_fails(capsys, home, home.arguments("extract"), home.folder / "out.wav", FULL)
+        check_error(process(["-m", "onevoice", *home.arguments("extract")]), home.folder / "out.wav", FULL)
     assert home.files() == before
 
 
@@ -506,18 +512,18 @@ def test_full_disk_for_the_report(home: Home, capsys: pytest.CaptureFixture[str]
     before = home.files()
     with full_disk(100):
         done = command(capsys, *home.arguments("eval"))
-    complains(done._replace(err=done.err.splitlines(keepends=True)[-1]), home.folder / "result.", FULL)
+    check_error(done._replace(err=done.err.splitlines(keepends=True)[-1]), home.folder / "result.", FULL)
     assert home.files() == before
-    assert "SI-SDR" in done.out  # the work was not for nothing
+    assert "SI-SDR" in done.out  # the results were printed first
 
 
 @pytest.mark.parametrize("size", [10, 20_000, 40_000])
 def test_full_disk_in_training(home: Home, capsys: pytest.CaptureFixture[str], size: int) -> None:
-    """At the first file, at the first checkpoint, at the second: what is there is whole, and it can be done again."""
+    """The disk is full at the first file, the first checkpoint or the second: files are whole, and a rerun works."""
     before = home.files()
     with full_disk(size):
         done = command(capsys, *home.arguments("train"))
-    complains(done._replace(err=done.err[done.err.index("onevoice: error") :]), FULL)
+    check_error(done._replace(err=done.err[done.err.index("onevoice: error") :]), FULL)
     after = home.files()
     assert {path: after[path] for path in before} == before
     assert not list(home.folder.rglob("*.part"))
@@ -545,19 +551,19 @@ def test_places_for_extract(
         if place.startswith("file"):
             pytest.skip("the output is written by then, whole")
         arguments += ["--residual", home.folder / place]
-    fails(capsys, home, arguments, home.folder / place, complaint)
+    check_fails(capsys, home, arguments, home.folder / place, complaint)
 
 
 def test_output_and_residual_of_one_name(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     out = home.folder / "out.wav"
-    fails(capsys, home, [*home.arguments("extract"), "--residual", out], out, "give them two names")
+    check_fails(capsys, home, [*home.arguments("extract"), "--residual", out], out, "give them two names")
 
 
-def test_opus_at_a_rate_it_does_not_know(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_opus_at_an_unsupported_rate(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     write_audio(home.mixture, Voice.number(0).say(0, 1.0, 11_025), 11_025)
     arguments = home.arguments("extract")
     arguments[3] = home.folder / "out.opus"
-    fails(capsys, home, arguments, "out.opus: cannot be encoded at 11025 Hz", "use .wav or .flac")
+    check_fails(capsys, home, arguments, "out.opus: cannot be encoded at 11025 Hz", "use .wav or .flac")
 
 
 @pytest.mark.parametrize(("name", "complaint"), [("file/r.json", "cannot be written"), ("r.csv", "must end in .json")])
@@ -567,14 +573,14 @@ def test_places_for_the_report(home: Home, capsys: pytest.CaptureFixture[str], n
     arguments = home.arguments("eval")
     arguments[arguments.index("-o") + 1] = home.folder / name
     done = command(capsys, *arguments)
-    complains(done._replace(err=done.err.splitlines(keepends=True)[-1]), complaint)
+    check_error(done._replace(err=done.err.splitlines(keepends=True)[-1]), complaint)
     assert home.files() == before
 
 
 def test_a_runs_folder_that_is_a_file(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     (home.folder / "file").write_text("x")
     arguments = [*home.arguments("train"), "--set", f"runs_folder={home.folder / 'file'}"]
-    fails(capsys, home, arguments, home.folder / "file" / "toy", "cannot be written")
+    check_fails(capsys, home, arguments, home.folder / "file" / "toy", "cannot be written")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -582,13 +588,13 @@ def test_a_folder_without_permission(home: Home, capsys: pytest.CaptureFixture[s
     (home.folder / "closed").mkdir(mode=0o500)
     arguments = home.arguments("extract")
     arguments[3] = home.folder / "closed" / "out.wav"
-    fails(capsys, home, arguments, home.folder / "closed" / "out.wav", "cannot be written (Permission denied)")
+    check_fails(capsys, home, arguments, home.folder / "closed" / "out.wav", "cannot be written (Permission denied)")
 
 
 def test_a_used_run_folder(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, *home.arguments("train")).status == 0
     before = home.files()
-    complains(command(capsys, *home.arguments("train")), "already holds a run; resume it with --r")
+    check_error(command(capsys, *home.arguments("train")), "already holds a run; resume it with --r")
     assert home.files() == before
 
 
@@ -601,7 +607,7 @@ def test_a_missing_package_of_evaluation(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     arguments = [*home.arguments("eval"), metric]
-    fails(capsys, home, arguments, f"evaluation needs {package}", 'pip install "onevoice[eval]"')
+    check_fails(capsys, home, arguments, f"evaluation needs {package}", 'pip install "onevoice[eval]"')
 
 
 @pytest.mark.parametrize(
@@ -613,4 +619,4 @@ def test_a_missing_package_of_tracking(
 ) -> None:
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    fails(capsys, home, [*home.arguments("train"), "--set", setting], package, "pip install")
+    check_fails(capsys, home, [*home.arguments("train"), "--set", setting], package, "pip install")

@@ -1,4 +1,4 @@
-"""The commands as a user types them: from a corpus to an extracted voice, in processes of their own."""
+"""The commands as a user types them, from a corpus to an extracted voice."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def home(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_mixing_left_trials_of_the_rate_and_length_asked_for(home: Path) -> None:
+def test_mixing_writes_trials_of_the_requested_rate_and_length(home: Path) -> None:
     mixtures = sorted((home / "mixed").glob("*-mixed.wav"))
     assert len(mixtures) >= 4
     assert {(len(samples), rate) for samples, rate in map(read_audio, mixtures)} == {(8000, 8000)}
@@ -52,7 +52,7 @@ def test_mixing_left_trials_of_the_rate_and_length_asked_for(home: Path) -> None
     assert len(rows) == len(mixtures)
 
 
-def test_training_left_a_run(home: Path) -> None:
+def test_training_writes_a_run(home: Path) -> None:
     run = home / "runs" / "toy"
     assert {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "last.resume.pt"} <= {
         path.name for path in run.iterdir()
@@ -62,10 +62,10 @@ def test_training_left_a_run(home: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--r", "-r", "--resume"])
-def test_a_run_in_pieces_is_the_run_in_one(
+def test_a_resumed_run_equals_an_uninterrupted_run(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    """Stopped after each step; and its folder alone is enough to go on."""
+    """The run stops after each step, and its folder is enough to resume it."""
     config = write_experiment(tmp_path / "toy.json", home / "mixed", seed=3)
     last = tmp_path / "runs" / "toy" / "last.safetensors"
     done = good(command(capsys, "train", "--c", config, "--minutes", "0"))
@@ -78,7 +78,7 @@ def test_a_run_in_pieces_is_the_run_in_one(
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 
 
-def test_load_starts_afresh(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_starts_at_step_0(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = home / "runs" / "toy" / "best.safetensors"
     done = good(
         command(capsys, "train", "--c", home / "toy.json", "--load", best, "--set", "name=loaded", "training.epochs=1")
@@ -95,7 +95,7 @@ def test_evaluation_prints_and_writes(home: Path, tmp_path: Path) -> None:
         (line,) = [line for line in done.out.splitlines() if line.startswith(f"{title} ")]
         assert f"mean {result['metrics'][name]['mean']:.3f}" in line
     assert "failures " in done.out
-    assert done.err == ""  # no progress bar where no one watches
+    assert done.err == ""  # no progress bar without a terminal
     with (tmp_path / "r.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == result["trials"] == len(list((home / "mixed").glob("*-mixed.wav")))
@@ -103,7 +103,7 @@ def test_evaluation_prints_and_writes(home: Path, tmp_path: Path) -> None:
     assert result["facts"]["experiment"] == "toy"
 
 
-def test_options_go_before_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_override_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trials(tmp_path / "trials", 3)
     (tmp_path / "test.json").write_text(json.dumps({"data_dir": "nowhere", "limit": 1, "metrics": ["pesq"]}))
     checkpoint = save_tiny(tmp_path / "a.safetensors")
@@ -144,7 +144,7 @@ def test_schema(capsys: pytest.CaptureFixture[str], kind: str, key: str) -> None
     assert key in json.loads(good(command(capsys, "schema", kind)).out)["properties"]
 
 
-def test_schema_is_of_training_unless_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_of_training_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert good(command(capsys, "schema")).out == good(command(capsys, "schema", "train")).out
 
 
@@ -173,7 +173,7 @@ def test_help_of_a_verb_explains_every_option(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("verb", ["train", "eval"])
-def test_scripts_and_command_are_one(verb: str) -> None:
+def test_scripts_equal_the_command(verb: str) -> None:
     assert process([ROOT / f"{verb}.py", "--help"]) == good(process(["-m", "onevoice", verb, "--help"]))
 
 
@@ -209,7 +209,7 @@ def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments
     assert done.err.count("\n") == 1
 
 
-def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_prints_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
@@ -217,7 +217,7 @@ def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert command(capsys, "info", "a.safetensors") == (130, "", "interrupted\n")
 
 
-def test_paths_are_taken_from_where_one_stands(
+def test_paths_are_relative_to_the_current_folder(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)

@@ -26,12 +26,12 @@ def voices(sample_rate: int = 8000, seconds: float = 2.0) -> tuple[np.ndarray, n
 
 def at_ratio(target: np.ndarray, ratio_db: float, seed: int = 0) -> np.ndarray:
     """Return target + noise that is orthogonal to it, without DC, and `ratio_db` below it."""
-    centred = target - target.mean()
+    centered = target - target.mean()
     noise = np.random.default_rng(seed).standard_normal(len(target))
     noise -= noise.mean()
-    noise -= (noise @ centred) / (centred @ centred) * centred
-    noise *= np.linalg.norm(centred) / np.linalg.norm(noise) * 10 ** (-ratio_db / 20)
-    return centred + noise
+    noise -= (noise @ centered) / (centered @ centered) * centered
+    noise *= np.linalg.norm(centered) / np.linalg.norm(noise) * 10 ** (-ratio_db / 20)
+    return centered + noise
 
 
 @pytest.mark.parametrize("ratio_db", [-50.0, -20.0, 0.0, 7.3, 40.0, 95.0])
@@ -79,7 +79,7 @@ def test_improvement_is_against_the_mixture() -> None:
 
 
 def distortion_ratio_by_least_squares(estimate: np.ndarray, target: np.ndarray, taps: int = 512) -> float:
-    """BSSEval as its definition reads: project on all delays of the target, by a dense solver."""
+    """BSSEval by its definition: a projection on all delays of the target, with a dense solver."""
     delays = np.zeros((len(target) + taps - 1, taps))
     for delay in range(taps):
         delays[delay : delay + len(target), delay] = target
@@ -106,14 +106,14 @@ def test_sdr_equals_torchmetrics_on_voices_and_ignores_scale() -> None:
     assert metrics.sdr(-0.01 * estimate, target) == pytest.approx(value, abs=1e-6)
 
 
-def test_sdr_forgives_a_short_filter_where_si_sdr_does_not() -> None:
+def test_sdr_allows_a_short_filter_and_si_sdr_does_not() -> None:
     target, _ = voices()
     late = np.pad(target, (200, 0))[: len(target)]
     assert metrics.sdr(late, target) > metrics.si_sdr(late, target) + 20
 
 
 @pytest.mark.parametrize(("sample_rate", "mode"), [(8000, "nb"), (16000, "wb")])
-def test_pesq_and_stoi_put_the_target_where_the_library_wants_it(sample_rate: int, mode: str) -> None:
+def test_pesq_and_stoi_pass_the_target_in_the_order_of_the_library(sample_rate: int, mode: str) -> None:
     target, interferer = voices(sample_rate)
     estimate = target + 0.5 * interferer
     value = metrics.pesq(estimate, target, sample_rate)
@@ -127,7 +127,7 @@ def test_pesq_and_stoi_put_the_target_where_the_library_wants_it(sample_rate: in
         assert metrics.stoi(target, target, sample_rate, extended) == pytest.approx(1.0)
 
 
-def test_pesq_knows_two_rates() -> None:
+def test_pesq_has_two_rates() -> None:
     with pytest.raises(AudioError, match="44100 Hz; resample"):
         metrics.pesq(*voices(44100, 0.5), 44100)
 
@@ -157,7 +157,7 @@ def test_pesq_takes_long_natural_speech() -> None:
         (0.25, 0.25, 48, 48),  # each burst is an utterance
         (0.25, 0.15, 60, 1),  # pauses up to 0.2 s join
         (0.15, 0.35, 48, 0),  # bursts under 0.2 s do not count
-        (0.25, 0.25, 8, 10),  # short: what 4 s can hold at most, without looking
+        (0.25, 0.25, 8, 10),  # short: the bound for 4 s, without looking at the signal
     ],
 )
 def test_utterance_bound(speech: float, pause: float, count: int, expected: int) -> None:
@@ -248,7 +248,7 @@ def test_attenuation() -> None:
         metrics.attenuation_db(mixture, mixture[1:])
 
 
-def test_a_score_holds_each_metric_and_travels_between_processes() -> None:
+def test_a_score_has_each_metric_and_can_be_pickled() -> None:
     target, interferer = voices()
     mixture, estimate = target + interferer, target + 0.2 * interferer
     trial = metrics.EstimatedTrial("a", estimate, target, mixture)

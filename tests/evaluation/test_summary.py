@@ -1,4 +1,4 @@
-"""Evaluation: the same numbers for any batch size and number of processes, checked against the metrics themselves."""
+"""Evaluation gives the values of the metrics, for any batch size and number of processes."""
 
 import csv
 import json
@@ -135,7 +135,7 @@ def test_a_silent_estimate_is_counted_not_fatal(trials: Path) -> None:
     assert "refused  4 × pesq" in format_report(report)
 
 
-def test_absent_targets_are_judged_by_attenuation(extractor: Extractor, tmp_path: Path) -> None:
+def test_absent_targets_are_scored_by_attenuation(extractor: Extractor, tmp_path: Path) -> None:
     make_trials(tmp_path, 2)
     absent = find_trials(tmp_path)[0]
     write_audio(absent.target, np.zeros(8000, np.float32), 8000)
@@ -172,7 +172,7 @@ def test_the_report_on_disk(extractor: Extractor, trials: Path, tmp_path: Path) 
     assert float(table[0]["si_sdr"]) == report.trials[0].values["si_sdr"]
 
 
-def test_a_missing_package_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onevoice.evaluation.summary.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pesq, pystoi: pip install \"onevoice\[eval\]\""):
         require_metrics(("si_sdr", "pesq", "stoi"))
@@ -205,7 +205,7 @@ def test_bootstrap_interval_follows_the_seed_and_the_standard_error() -> None:
         bootstrap_interval(np.array([]))
 
 
-def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+def test_bootstrap_interval_covers_the_true_mean_as_often_as_stated() -> None:
     rng = np.random.default_rng(7)
     intervals = [bootstrap_interval(rng.normal(0, 1, 60), seed, resamples=300) for seed in range(200)]
     assert 0.89 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.99

@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits back, the card with them, no code from a file, and clear words for all else."""
+"""Checkpoints come back bit for bit with their card, never run code, and give clear errors."""
 
 import contextlib
 import dataclasses
@@ -53,7 +53,7 @@ def with_card(**changes: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_every_model_comes_back_bit_by_bit(tmp_path: Path, name: str) -> None:
+def test_every_model_is_restored_bit_for_bit(tmp_path: Path, name: str) -> None:
     config = SMALL[name]
     network = MODELS[name]
     assert isinstance(config, network.config_class)
@@ -72,7 +72,7 @@ def test_every_model_comes_back_bit_by_bit(tmp_path: Path, name: str) -> None:
 
 
 def test_the_card_is_readable_by_anyone(tmp_path: Path) -> None:
-    """The header of a safetensors file: eight bytes of length, then JSON."""
+    """The header of a safetensors file is eight bytes of length, then JSON."""
     data = save_tiny(tmp_path / "a.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     card = json.loads(header["__metadata__"][CARD_KEY])
@@ -86,7 +86,7 @@ def test_the_card_is_readable_by_anyone(tmp_path: Path) -> None:
     }
 
 
-def test_weights_that_share_or_stride_are_written(tmp_path: Path, model: Network) -> None:
+def test_shared_and_strided_weights_are_written(tmp_path: Path, model: Network) -> None:
     state = {
         name: value.to(torch.float64).t() if value.ndim == 2 else value for name, value in model.state_dict().items()
     }
@@ -94,7 +94,7 @@ def test_weights_that_share_or_stride_are_written(tmp_path: Path, model: Network
     assert same(load_checkpoint(tmp_path / "a.safetensors")[0], state)
 
 
-def test_a_failed_write_leaves_the_old_one(tmp_path: Path, model: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, model: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_tiny(tmp_path / "a.safetensors")
     before = path.read_bytes()
 
@@ -133,7 +133,7 @@ DAMAGED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("make", "complaint"), DAMAGED.values(), ids=list(DAMAGED))
-def test_what_is_no_checkpoint(tmp_path: Path, make: Callable[[], bytes], complaint: str) -> None:
+def test_damaged_and_foreign_files(tmp_path: Path, make: Callable[[], bytes], complaint: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(make())
     with pytest.raises(CheckpointError, match=rf"^\S*a\.safetensors: .*{complaint}") as error:
@@ -147,7 +147,7 @@ def test_no_file(tmp_path: Path) -> None:
             load_weights(path)
 
 
-def test_strictness_names_what_does_not_fit(tmp_path: Path, model: Network) -> None:
+def test_errors_name_the_weights_that_do_not_fit(tmp_path: Path, model: Network) -> None:
     state = model.state_dict()
     missing = {name: value for name, value in state.items() if name != "classifier.bias"}
     with pytest.raises(CheckpointError, match=r"^x: .*: classifier\.bias is missing$"):
@@ -161,11 +161,11 @@ def test_strictness_names_what_does_not_fit(tmp_path: Path, model: Network) -> N
     before = {name: value.clone() for name, value in state.items()}
     with pytest.raises(CheckpointError):
         load_state(model, {name: value + 1 for name, value in missing.items()}, "x")
-    assert same(model.state_dict(), before)  # nothing was taken
+    assert same(model.state_dict(), before)  # nothing was loaded
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_pth_of_the_original_form(tmp_path: Path, model: Network, prefix: str) -> None:
+def test_pth_of_the_original_system(tmp_path: Path, model: Network, prefix: str) -> None:
     state = model.state_dict()
     path = tmp_path / "model_best.pth"
     torch.save({"arch": "SpExPlus", "state_dict": {prefix + name: value for name, value in state.items()}}, path)
@@ -205,7 +205,7 @@ def test_pth_that_is_broken(tmp_path: Path, data: bytes) -> None:
 
 
 class Calling:
-    """Unpickled by plain pickle, it calls `function`."""
+    """An object that calls `function` when plain pickle unpickles it."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -232,10 +232,10 @@ def test_code_in_a_pth_is_never_run(tmp_path: Path, model: Network, function: st
     path = tmp_path / "a.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     for read in (lambda: load_model(path, TINY), lambda: load_pickled(path)):
-        with contextlib.suppress(CheckpointError):  # one that stands beside weights is passed over
+        with contextlib.suppress(CheckpointError):  # code beside the weights is skipped
             read()
         assert not trace.exists()
-    pickle.loads(pickle.dumps(code))  # the bait is a real one
+    pickle.loads(pickle.dumps(code))  # plain pickle would have run it
     assert trace.exists()
 
 
@@ -249,7 +249,7 @@ def test_resume_files(tmp_path: Path) -> None:
     assert resume_path("a/v1.2.safetensors") == Path("a/v1.2.resume.pt")
 
 
-def test_provenance_says_which_code_it_was() -> None:
+def test_provenance_names_versions_and_commit() -> None:
     facts = provenance()
     assert facts["onevoice"] == version("onevoice")
     assert facts["torch"] == torch.__version__
@@ -257,6 +257,6 @@ def test_provenance_says_which_code_it_was() -> None:
         assert facts["commit"]
 
 
-def test_small_configs_cover_the_zoo() -> None:
+def test_small_configs_cover_every_network() -> None:
     assert SMALL.keys() == MODELS.keys()
     assert isinstance(SMALL["spexplus"], SpExPlusConfig)

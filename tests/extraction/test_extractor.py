@@ -1,4 +1,4 @@
-"""Extraction: rates, channels, levels and types of what goes in and comes out; the decided behaviours."""
+"""Extraction: rates, channels, levels and types of its input and output."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ CONFIG = SpExPlusConfig(
 
 
 class Straight(Network):
-    """A network whose estimate is the mixture, upside down and three times as loud."""
+    """A network whose estimate is the mixture with inverted polarity and three times the amplitude."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -69,7 +69,7 @@ def test_channels_are_averaged(straight: Extractor) -> None:
     np.testing.assert_allclose(estimate, mean - mean.mean(), atol=1e-3)
 
 
-def test_arrays_and_tensors_give_the_same_in_their_own_kind(extractor: Extractor) -> None:
+def test_arrays_and_tensors_give_the_same_in_their_own_type(extractor: Extractor) -> None:
     mixture, enrollment = speech(0) + speech(1), speech(0, 2.0)
     array = extractor.extract(mixture, 8000, enrollment, 8000)
     double = extractor.extract(mixture.astype(np.float64), 8000, enrollment.astype(np.float64), 8000)
@@ -79,7 +79,7 @@ def test_arrays_and_tensors_give_the_same_in_their_own_kind(extractor: Extractor
     np.testing.assert_array_equal(array, tensor.numpy().astype(np.float32))
 
 
-def test_the_enrollment_rate_is_the_mixtures_unless_given(extractor: Extractor) -> None:
+def test_the_enrollment_rate_is_the_mixtures_by_default(extractor: Extractor) -> None:
     mixture, enrollment = speech(0, 1.0, 16000) + speech(1, 1.0, 16000), speech(0, 2.0, 16000)
     np.testing.assert_array_equal(
         extractor.extract(mixture, 16000, enrollment), extractor.extract(mixture, 16000, enrollment, 16000)
@@ -172,7 +172,7 @@ def test_unusable_sound(extractor: Extractor, mixture: np.ndarray, enrollment: n
         extractor.extract(mixture, 8000, enrollment, 8000)
 
 
-def test_the_public_three_lines(tmp_path: Path) -> None:
+def test_the_public_interface(tmp_path: Path) -> None:
     model = SpExPlus(CONFIG)
     save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), Card(CONFIG))
     extractor = onevoice.load(tmp_path / "model.safetensors")

@@ -26,7 +26,7 @@ from onevoice.extraction.checkpoint import load_checkpoint, load_model, read_reg
 
 
 def register(folder: Path, default: str | None, **weights: bytes) -> None:
-    """Publish `weights` in `folder`, by a registry written by hand."""
+    """Publish `weights` in `folder` with a handwritten registry."""
     entries = {}
     for name, content in weights.items():
         (folder / f"{name}.safetensors").write_bytes(content)
@@ -42,7 +42,7 @@ def register(folder: Path, default: str | None, **weights: bytes) -> None:
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installation with the weights `old` and `tiny`, the default."""
+    """An installation with the weights `old` and `tiny`; `tiny` is the default."""
     folder = tmp_path / "weights"
     folder.mkdir()
     register(folder, "tiny", old=b"old", tiny=save_tiny(tmp_path / "a.safetensors").read_bytes())
@@ -57,11 +57,11 @@ def unpublished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
 
 
-# what this repository publishes
+# The weights in this repository
 
 
 def test_published_weights_are_whole_and_have_their_card() -> None:
-    """A published name never changes its bytes: the card keeps them too, for anyone to compare."""
+    """A published name never changes its bytes: the card has their SHA-256 too."""
     registry = read_registry()
     assert registry.default in registry.weights if registry.weights else registry.default is None
     assert {path.stem for path in checkpoints.WEIGHTS.glob("*.safetensors")} == registry.weights.keys()
@@ -91,7 +91,7 @@ def test_weights_and_samples_are_shipped(builder: type[WheelBuilder] | type[Sdis
 
 
 def test_the_samples_are_a_mixture() -> None:
-    """At 0 dB, and small enough for a repository; the enrollment is not the target's words."""
+    """They mix at 0 dB, are small, and the enrollment is not the target utterance."""
     (mixture, rate), (target, _), (enrollment, _) = (
         read_audio(SAMPLES / f"{name}.flac") for name in ("mixture", "target", "enrollment")
     )
@@ -104,7 +104,7 @@ def test_the_samples_are_a_mixture() -> None:
     assert sum(path.stat().st_size for path in SAMPLES.iterdir()) < 500_000
 
 
-# names and paths
+# Names and paths
 
 
 def test_names_and_paths(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_nothing_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, "info").out == "no weights come with this installation\n"
 
 
-def test_damage_is_seen(published: Path) -> None:
+def test_damage_is_detected(published: Path) -> None:
     path = published / "tiny.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -172,7 +172,7 @@ def test_the_list(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny.endswith(" (default)")
 
 
-# the demonstration
+# The demo
 
 
 def test_demo(published: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_demo(published: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert run(onevoice.load("tiny", device="cpu"), out).si_sdr_db == pytest.approx(level)
 
 
-def test_demo_says_the_speed() -> None:
+def test_demo_prints_the_speed() -> None:
     assert "0.25 s per second" in Demo(Path(), 1.0, 2.0, 0.25).text()
 
 
-# the hub
+# The hub
 
 PROBE = """
 import json, sys
@@ -252,13 +252,13 @@ def test_the_hub(tmp_path: Path) -> None:
         else:
             assert answers[spec] == expected
     cached, missing = from_hub(["hf://lab/usual", "hf://lab/many/a.safetensors"], tmp_path, address, offline=1)
-    assert cached == "usual"  # fetched once, it needs no network
+    assert cached == "usual"  # the cache needs no network
     assert re.match(r"CheckpointError: hf://lab/many/a\.safetensors: cannot be downloaded from the hub", missing)
     assert "need no network" in missing
 
 
-def test_without_network_it_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's client tries for half a minute by itself; asking it for a list would double that."""
+def test_without_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client retries for half a minute; asking it for a list would double that."""
 
     def unreachable(*arguments: object, **options: object) -> None:
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")

@@ -1,4 +1,4 @@
-"""Publishing: what is shipped of a checkpoint, how well it is kept, and what is refused."""
+"""Publishing: which part of a checkpoint is shipped, what rounding costs, and which input is refused."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from onevoice.extraction import checkpoint as checkpoints
 from onevoice.extraction.checkpoint import Card, load_checkpoint, load_model, read_registry, resolve, save_checkpoint
 from onevoice.models import SpExPlus, SpExPlusConfig
 
-FACTS = {"step": 3, "data": {"pack": "/somewhere/of/mine/packs", "speeds": [0.9, "/a/b"], "snr_db": [-5, 5]}}
+FACTS = {"step": 3, "data": {"pack": "/home/someone/packs", "speeds": [0.9, "/a/b"], "snr_db": [-5, 5]}}
 SUMMARY = {"count": 4, "missing": 0, "mean": 3.5379, "median": 3.75, "percentile_5": -1.8, "interval_95": [3.18, 3.89]}
 
 
@@ -46,7 +46,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_report(path: Path, **changes: Any) -> None:
     report = {
-        "data": {"folder": "/somewhere/of/mine/dev"},
+        "data": {"folder": "/home/someone/dev"},
         "facts": FACTS,
         "target_present": 4,
         "target_absent": 1,
@@ -58,12 +58,12 @@ def write_report(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**report, **changes}))
 
 
-def issue(home: Path, name: str = "tiny-1", attribution: Path | None = None) -> None:
+def publish_tiny(home: Path, name: str = "tiny-1", attribution: Path | None = None) -> None:
     publish.publish(home / "best.safetensors", name, report=home / "report.json", attribution=attribution)
 
 
 def test_what_is_published(home: Path) -> None:
-    issue(home)
+    publish_tiny(home)
     registry, path = read_registry(), resolve()
     entry = registry.weights["tiny-1"]
     assert (registry.default, path) == ("tiny-1", home / "weights" / "tiny-1.safetensors")
@@ -84,15 +84,15 @@ def test_what_is_published(home: Path) -> None:
         kept = model.state_dict()[name]
         if name.startswith("classifier."):
             assert kept.shape[0] == 0
-        elif value.ndim > 1:  # ten bits of fraction
+        elif value.ndim > 1:  # float16 has ten bits of fraction
             assert (kept - value).abs().max() <= 2**-11 * value.abs().max() + 2**-25
             assert not torch.equal(kept, value)
         else:
             assert torch.equal(kept, value)
 
 
-def test_training_goes_on_from_published_weights(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    issue(home)
+def test_training_starts_from_published_weights(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish_tiny(home)
     experiment = write_experiment(home / "toy.json", make_trials(home / "trials", 6, seed=1))
     done = command(capsys, "train", "-c", experiment, "--load", "tiny-1", "--minutes", "0")
     assert done.status == 0
@@ -101,63 +101,63 @@ def test_training_goes_on_from_published_weights(home: Path, capsys: pytest.Capt
 
 
 def test_no_path_of_this_machine_is_published(home: Path) -> None:
-    (home / "config.json").write_text(json.dumps({"name": "toy", "runs_folder": "/somewhere/of/mine/runs"}))
-    issue(home)
+    (home / "config.json").write_text(json.dumps({"name": "toy", "runs_folder": "/home/someone/runs"}))
+    publish_tiny(home)
     for path in (*home.glob("weights/*"), *home.glob("cards/*")):
-        assert b"of/mine" not in path.read_bytes()
+        assert b"home/someone" not in path.read_bytes()
     text = (home / "cards" / "tiny-1.md").read_text()
     assert '"runs_folder": "runs"' in text
     assert '"folder": "dev"' in text
 
 
-def test_a_name_is_given_once(home: Path) -> None:
-    issue(home)
+def test_a_name_is_used_once(home: Path) -> None:
+    publish_tiny(home)
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"tiny-1\.safetensors: exists; .* choose a new one"):
-        issue(home)
+        publish_tiny(home)
     assert {path: path.read_bytes() for path in home.rglob("*") if path.is_file()} == before
-    issue(home, "tiny-2")
+    publish_tiny(home, "tiny-2")
     registry = read_registry()
     assert (registry.default, list(registry.weights)) == ("tiny-2", ["tiny-1", "tiny-2"])
     resolve("tiny-1")
     (home / "weights" / "registry.json").write_text('{"default": null, "weights": {}}')
     with pytest.raises(ConfigError, match="exists; a published name"):
-        issue(home)
+        publish_tiny(home)
 
 
 @pytest.mark.parametrize("name", ["Tiny", "a/b", "-a", "a-", "", "a b", "a..b"])
 def test_names(home: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="a name has lowercase letters"):
-        issue(home, name)
+        publish_tiny(home, name)
 
 
 def test_refusals(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "MAX_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"best\.safetensors: has [\d,]+ bytes after rounding; 1,000 are allowed"):
-        issue(home)
+        publish_tiny(home)
     write_report(home / "report.json", facts={"step": 4})
     with pytest.raises(ConfigError, match=r"report\.json: belongs to another checkpoint"):
-        issue(home)
+        publish_tiny(home)
     write_report(home / "report.json", metrics={"pesq": SUMMARY})
     with pytest.raises(ConfigError, match=r"report\.json: has no mean of si_sdr_improvement"):
-        issue(home)
+        publish_tiny(home)
     state, card = load_checkpoint(home / "best.safetensors")
     save_checkpoint(home / "best.safetensors", {**state, "bottleneck.weight": state["bottleneck.weight"] + 7e4}, card)
     write_report(home / "report.json")
     with pytest.raises(CheckpointError, match=r"bottleneck\.weight has values that are not finite"):
-        issue(home)
+        publish_tiny(home)
     assert [path.name for path in (home / "weights").iterdir()] == ["registry.json"]
     assert not (home / "cards").exists()
 
 
 def test_mistakes_are_one_line(home: Path) -> None:
-    """As a process, which reads but never reaches the package: the report is missing."""
+    """In a separate process; the report is missing, so nothing is published."""
     done = process([ROOT / "scripts" / "publish.py", home / "best.safetensors", "a", "--report", home / "none.json"])
     assert (done.status, done.out) == (1, "")
     assert done.err == f"publish: error: {home / 'none.json'}: No such file or directory\n"
 
 
-def test_attribution_counts_the_training_speakers_alone(home: Path) -> None:
+def test_attribution_counts_only_the_training_speakers(home: Path) -> None:
     table = home / "table.csv"
     table.write_text(
         "utterance,speaker,corpus,licence,seconds,source\n"
@@ -180,13 +180,13 @@ def test_attribution_counts_the_training_speakers_alone(home: Path) -> None:
     table.write_text("speaker,seconds,corpus,license\nspk003,7200,Delta,CC0\n")
     assert publish.describe_data(table, card).endswith("| Delta | CC0 | 1 | 1 | 2.00 |  |")
     (home / "text.md").write_text("As it is.\n")
-    issue(home, attribution=home / "text.md")
+    publish_tiny(home, attribution=home / "text.md")
     assert "\nAs it is.\n" in (home / "cards" / "tiny-1.md").read_text()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rounding_costs_nothing_to_speak_of(tmp_path: Path, seed: int) -> None:
-    """A deep network of random weights; the published estimate against the float32 one, and both against a target."""
+def test_rounding_costs_almost_nothing(tmp_path: Path, seed: int) -> None:
+    """Compare the published estimate with the float32 one, and both with a target, in a deep random network."""
     torch.manual_seed(seed)
     config = SpExPlusConfig(
         sample_rate=8000, window_seconds=(0.005, 0.01, 0.02), filters=32, channels=32, hidden=48,
@@ -204,7 +204,7 @@ def test_rounding_costs_nothing_to_speak_of(tmp_path: Path, seed: int) -> None:
 
 
 def test_the_samples_can_be_made_again(tmp_path: Path) -> None:
-    """Where the flite that made them is there, by the command of their README."""
+    """By the command in their README, if the same version of flite is installed."""
     if shutil.which("flite") is None or "flite-2.2" not in flite_version():
         pytest.skip("flite 2.2 is not installed")
     done = process([ROOT / "scripts" / "make_samples.py", tmp_path])
