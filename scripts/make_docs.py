@@ -95,7 +95,7 @@ def table(section: Schema) -> str:
     for key, value in section["properties"].items():
         required = key in section.get("required", [])
         default = "" if required or references(value) else f"`{json.dumps(value.get('default'), ensure_ascii=False)}`"
-        meaning = value.get("description", "see its own table" if references(value) else "")
+        meaning = value.get("description", "selects this section" if "const" in value else "")
         cells = [f"`{key}`", kind_of(value), default, one_line(meaning)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

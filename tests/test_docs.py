@@ -124,6 +124,12 @@ def test_generated_pages_are_current(page: str) -> None:
     assert current == make_docs.PAGES[page](), "run: python3 scripts/make_docs.py"
 
 
+def test_every_setting_is_described() -> None:
+    rows = [line for line in make_docs.settings().splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
 @pytest.mark.parametrize(
     "page",
     [
