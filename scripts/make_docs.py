@@ -57,12 +57,12 @@ def sections(schema: Schema, described: set[str]) -> Iterator[str]:
     paths: dict[str, list[str]] = {}
     for path, name in walk(schema, schema["$defs"], ""):
         paths.setdefault(name, []).append(path)
-    yield table(schema)
+    yield table(schema, schema["$defs"])
     for name, places in paths.items():
         if name not in described:
             described.add(name)
             yield heading(places, schema["$defs"][name])
-            yield table(schema["$defs"][name])
+            yield table(schema["$defs"][name], schema["$defs"])
 
 
 def walk(section: Schema, definitions: Schema, path: str) -> Iterator[tuple[str, str]]:
@@ -89,16 +89,24 @@ def heading(places: list[str], section: Schema) -> str:
     return f"### {title}\n\n{one_line(section.get('description', ''))}\n"
 
 
-def table(section: Schema) -> str:
+def table(section: Schema, definitions: Schema) -> str:
     """Return a table of the keys of a section."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, value in section["properties"].items():
         required = key in section.get("required", [])
         default = "" if required or references(value) else f"`{json.dumps(value.get('default'), ensure_ascii=False)}`"
-        meaning = value.get("description", "selects this section" if "const" in value else "")
-        cells = [f"`{key}`", kind_of(value), default, one_line(meaning)]
+        cells = [f"`{key}`", kind_of(value), default, one_line(meaning(value, definitions))]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def meaning(value: Schema, definitions: Schema) -> str:
+    """Return the description of a key."""
+    if "description" in value:
+        return str(value["description"])
+    if "$ref" in value:  # pydantic omits a description that its section repeats
+        return str(definitions[references(value)[0]].get("description", ""))
+    return "selects this section" if "const" in value else ""
 
 
 def kind_of(value: Schema) -> str:
