@@ -56,11 +56,28 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackedCorpus]:
     }
 
 
-def planner(packs: dict[str, PackedCorpus], *, seed: int = 0, **steps: Any) -> Planner:
-    noise = (NoiseStep(pack="", snr_db=(3.0, 12.0)), packs["noise"]) if steps.pop("noise", False) else None
-    rooms = (ReverbStep(pack="", early_seconds=0.01), packs["rooms"]) if steps.pop("reverb", False) else None
-    channel = ChannelStep(probability=1.0, high_cut_hz=(2000, 3500)) if steps.pop("channel", False) else None
-    return Planner(packs["speech"], replace(MIXING, **steps), noise, rooms, channel, seed)
+NOISE = NoiseStep(pack="", snr_db=(3.0, 12.0))
+REVERB = ReverbStep(pack="", early_seconds=0.01)
+CHANNEL = ChannelStep(probability=1.0, high_cut_hz=(2000, 3500))
+
+
+def planner(
+    packs: dict[str, PackedCorpus],
+    *,
+    seed: int = 0,
+    noise: NoiseStep | None = None,
+    reverb: ReverbStep | None = None,
+    channel: ChannelStep | None = None,
+    **mixing: Any,
+) -> Planner:
+    return Planner(
+        packs["speech"],
+        replace(MIXING, **mixing),
+        None if noise is None else (noise, packs["noise"]),
+        None if reverb is None else (reverb, packs["rooms"]),
+        channel,
+        seed,
+    )
 
 
 def flat(plan: Plan) -> dict[str, np.ndarray]:
@@ -123,16 +140,18 @@ def test_speakers_are_distinct_persons_and_all_equally_likely() -> None:
 @given(st.integers(0, 1000), st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
 @settings(max_examples=25, deadline=None)
 def test_a_trial_does_not_depend_on_its_batch(packs: dict[str, PackedCorpus], epoch: int, index: list[int]) -> None:
-    draw = planner(packs, noise=True, reverb=True, channel=True, absent=0.3, alone=0.3)
+    draw = planner(packs, noise=NOISE, reverb=REVERB, channel=CHANNEL, absent=0.3, alone=0.3)
     together, alone = flat(draw.draw(epoch, np.array(index))), flat(draw.draw(epoch, np.array(index[-1:])))
     for name, values in together.items():
         np.testing.assert_array_equal(values[-1:], alone[name], err_msg=name)
 
 
-@pytest.mark.parametrize("step", ["noise", "reverb", "channel"])
-def test_adding_a_step_does_not_change_the_other_draws(packs: dict[str, PackedCorpus], step: str) -> None:
+@pytest.mark.parametrize(
+    "step", [{"noise": NOISE}, {"reverb": REVERB}, {"channel": CHANNEL}], ids=lambda step: next(iter(step))
+)
+def test_adding_a_step_does_not_change_the_other_draws(packs: dict[str, PackedCorpus], step: dict[str, Any]) -> None:
     index = np.arange(50)
-    without, with_step = (flat(planner(packs, **{step: on}).draw(0, index)) for on in (False, True))
+    without, with_step = (flat(planner(packs, **steps).draw(0, index)) for steps in ({}, step))
     assert len(with_step) > len(without)
     for name, values in without.items():
         np.testing.assert_array_equal(values, with_step[name], err_msg=name)
@@ -199,6 +218,23 @@ def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> No
     assert (enrolled == speakers[0])[~plan.absent].all()
 
 
+def test_shares_of_noise_rooms_and_channels(packs: dict[str, PackedCorpus]) -> None:
+    reverb = replace(REVERB, probability=0.6, enrollment_probability=0.3)
+    channel = replace(CHANNEL, probability=0.4, codec_probability=0.25)
+    plan = planner(packs, noise=replace(NOISE, probability=0.2), reverb=reverb, channel=channel).draw(
+        0, np.arange(4000)
+    )
+    drawn = (plan.noise.on, plan.rooms.on, plan.rooms.enrollment_on, plan.channel.on, plan.channel.codec)
+    assert [on.mean() for on in drawn] == pytest.approx([0.2, 0.6, 0.3, 0.4, 0.25], abs=0.04)
+    length = packs["noise"].length[plan.noise.recording]
+    assert (plan.noise.start < length).all()
+    assert (plan.noise.start / length).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_two_interferers_in_every_trial(packs: dict[str, PackedCorpus]) -> None:
+    assert planner(packs, interferers=(2, 2)).draw(0, np.arange(100)).interferer_on.all()
+
+
 def test_too_few_people(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
     make_corpus(tmp_path / "two", speakers=2, utterances=2, seconds=1.0)
     two = pack_corpus(list_corpus([tmp_path / "two"]), tmp_path / "pack", sample_rate=RATE)
@@ -225,12 +261,25 @@ def test_voices_have_different_places_in_one_room_and_the_enrollment_has_another
     packs: dict[str, PackedCorpus],
 ) -> None:
     rooms = packs["rooms"]
-    responses = planner(packs, reverb=True, interferers=(1, 2)).draw(0, np.arange(2000)).rooms.responses
+    responses = planner(packs, reverb=REVERB, interferers=(1, 2)).draw(0, np.arange(2000)).rooms.responses
     voices, enrolled = responses[:, :3], responses[:, 3]
     assert all(len(set(row)) == 3 for row in voices.tolist())
     assert (rooms.speaker[voices] == rooms.speaker[voices[:, :1]]).all()
     assert (rooms.speaker[enrolled] != rooms.speaker[voices[:, 0]]).all()
     assert np.bincount(voices[:, 1], minlength=8).min() > 150  # 250 each if they are all equally likely
+
+
+def test_rooms_with_different_numbers_of_places(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
+    """Voices stay in their room, and share places only if it has too few."""
+    for name, places in (("small", 2), ("large", 5)):
+        for place in range(places):
+            write_audio(tmp_path / f"rooms/{name}/{place}.wav", np.eye(1, 100, place, dtype=np.float32)[0], RATE)
+    rooms = pack_corpus(list_corpus([tmp_path / "rooms"]), tmp_path / "pack", sample_rate=RATE, keep_mean=True)
+    plan = planner({**packs, "rooms": rooms}, reverb=REVERB, interferers=(1, 2)).draw(0, np.arange(400))
+    voices = plan.rooms.responses[:, :3]
+    assert (rooms.speaker[voices] == rooms.speaker[voices[:, :1]]).all()
+    number_of_places = np.array([5, 2])[rooms.speaker[voices[:, 0]]]
+    assert [len(set(row)) for row in voices.tolist()] == np.minimum(3, number_of_places).tolist()
 
 
 @pytest.mark.parametrize(
@@ -329,13 +378,25 @@ def test_measured_snr_and_levels_are_as_drawn(packs: dict[str, PackedCorpus]) ->
 
 
 def test_noise_is_below_the_voices_as_drawn(packs: dict[str, PackedCorpus]) -> None:
-    quiet, noisy = planner(packs), planner(packs, noise=True)
+    quiet, noisy = planner(packs), planner(packs, noise=NOISE)
     plan = noisy.draw(0, np.arange(30))
     voices, sound = Renderer(quiet)(plan._replace(noise=None)), Renderer(noisy)(plan)
     scale = (sound.target.square().sum(1) / voices.target.square().sum(1)).sqrt()[:, None]
     noise = (sound.audio - scale * voices.audio).double()
     measured = 10 * torch.log10((scale * voices.audio).double().square().sum(1) / noise.square().sum(1))
     np.testing.assert_allclose(measured.numpy(), plan.noise.snr_db, atol=0.01)
+
+
+def test_noise_is_added_only_where_it_is_on(packs: dict[str, PackedCorpus]) -> None:
+    quiet, noisy = planner(packs), planner(packs, noise=replace(NOISE, probability=0.5))
+    plan = noisy.draw(0, np.arange(30))
+    same = (Renderer(quiet)(plan._replace(noise=None)).audio == Renderer(noisy)(plan).audio).all(1)
+    np.testing.assert_array_equal(same.numpy(), ~plan.noise.on)
+
+
+def test_silence_keeps_the_scale_of_what_is_added(packs: dict[str, PackedCorpus]) -> None:
+    gain = rendering._snr_gain_or_one(torch.tensor([0.0, 4.0, 4.0]), torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3))
+    assert gain.tolist() == [1.0, 1.0, 2.0]
 
 
 def test_short_noises_are_repeated() -> None:
@@ -354,7 +415,7 @@ def test_fetching_by_slices_and_by_indices_is_the_same() -> None:
 
 def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus]) -> None:
     """Against np.convolve: the target has the first 10 ms of the response, the mixture all of it."""
-    dry_planner, draw = planner(packs), planner(packs, reverb=True, alone=1.0)
+    dry_planner, draw = planner(packs), planner(packs, reverb=REVERB, alone=1.0)
     plan = draw.draw(0, np.arange(12))
     sound = Renderer(draw)(plan)
     rooms, speech = packs["rooms"], packs["speech"]
@@ -373,8 +434,25 @@ def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus])
         np.testing.assert_allclose(sound.target[row].numpy(), scale * wanted, atol=1e-4)
 
 
+def test_the_enrollment_has_its_own_room_and_no_tail(packs: dict[str, PackedCorpus]) -> None:
+    """Against np.convolve with the whole response; beyond the end of its utterance an enrollment is zero."""
+    planned = planner(packs, reverb=replace(REVERB, probability=0.0, enrollment_probability=1.0))
+    plan = planned.draw(0, np.arange(12))
+    sound, dry = Renderer(planned)(plan), Renderer(planner(packs))(plan._replace(rooms=None))
+    torch.testing.assert_close(sound.audio, dry.audio)
+    rooms, part = packs["rooms"], plan.enrollment
+    assert len(set(part.length.tolist())) > 1
+    for row, length in enumerate(part.length.tolist()):
+        response = rooms.read(plan.rooms.responses[row, -1]).astype(float)
+        said = packs["speech"].crop(part.utterance[row], part.start[row], length)
+        wet = np.convolve(said, response[np.abs(response).argmax() :])[:length]
+        wet *= 10 ** (plan.enrollment_dbfs[row] / 20) / np.sqrt(np.mean(wet**2))
+        np.testing.assert_allclose(sound.ref[row, :length].numpy(), wet, atol=1e-4)
+        assert sound.ref[row, length:].abs().sum() == 0
+
+
 def test_the_band_limits_of_a_channel(packs: dict[str, PackedCorpus]) -> None:
-    draw = planner(packs, channel=True)
+    draw = planner(packs, channel=CHANNEL)
     renderer, plan = Renderer(draw), draw.draw(0, np.arange(4))
     time = torch.arange(RATE) / RATE
     flat_channel = plan.channel._replace(
@@ -394,6 +472,8 @@ def test_mu_law_is_eight_bits_of_a_known_curve() -> None:
     samples = torch.linspace(-0.5, 0.5, 2001)[None]
     coded = mu_law(samples)
     assert len(torch.unique(coded)) <= 256
+    levels = 0.5 * (256 ** (np.arange(128) / 127) - 1) / 255  # the inverse of ln(1 + 255 x) / ln 256
+    assert np.abs(coded.abs().numpy()[..., None] - levels).min(-1).max() < 1e-6
     signal_to_noise = 10 * torch.log10(samples.square().sum() / (coded - samples).square().sum())
     assert 35 < signal_to_noise < 42  # G.711 gives about 38 dB
 

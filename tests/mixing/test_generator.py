@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,6 +360,17 @@ def test_a_folder_with_another_run_is_refused(made: Path, corpus: Path, options:
 def test_a_folder_with_another_corpus_is_refused(made: Path, corpus_with_faults: Path) -> None:
     with pytest.raises(CorpusError, match="corpus_digest"):
         generate(corpus_with_faults, made)
+
+
+def test_a_corpus_may_move_but_not_change(made: Path, corpus: Path, tmp_path: Path) -> None:
+    out, moved = (Path(shutil.copytree(*pair)) for pair in ((made, tmp_path / "out"), (corpus, tmp_path / "moved")))
+    next(out.glob("*-mixed.wav")).unlink()
+    generate(moved, out)
+    assert sounds(out) == sounds(made)
+    changed = next(moved.rglob("*.flac"))
+    changed.write_bytes(changed.read_bytes() + b"x")
+    with pytest.raises(CorpusError, match="corpus_digest"):
+        generate(moved, out)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, SETTINGS])

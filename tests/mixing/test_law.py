@@ -10,7 +10,7 @@ import pytest
 from plain_mixing import plain_trial
 from voices import Voice
 
-from onevoice.audio import write_audio
+from onevoice.audio import read_audio, write_audio
 from onevoice.corpus.listing import Speaker, scan
 from onevoice.corpus.recordings import Recording
 from onevoice.errors import AudioError, ConfigError
@@ -121,6 +121,22 @@ def test_levels_and_offsets_of_the_files_do_not_matter(utterances: list[Path], t
     np.testing.assert_allclose(after.enrollment.samples, before.enrollment.samples, atol=1e-4)
 
 
+def test_an_utterance_is_loaded_at_minus_29_lufs(utterances: list[Path]) -> None:
+    samples, gain_db = load_utterance(recording(utterances[0]), LAW)
+    assert pyloudnorm.Meter(RATE).integrated_loudness(samples.astype(np.float64)) == pytest.approx(-29, abs=1e-3)
+    original, _ = read_audio(utterances[0])
+    np.testing.assert_allclose(samples, 10 ** (gain_db / 20) * (original - original.mean()), atol=1e-6)
+
+
+def test_the_peak_of_an_enrollment_stays_within_0_99(utterances: list[Path], tmp_path: Path) -> None:
+    clicks = np.zeros(2 * RATE)
+    clicks[::4000] = 0.5
+    trial = rendered(draw_of(*utterances[:2], write(tmp_path / "clicks.wav", clicks)), LAW)
+    assert trial.enrollment.samples.max() == pytest.approx(0.99)
+    gain = 10 ** (trial.enrollment.gain_db / 20)
+    np.testing.assert_allclose(trial.enrollment.samples, gain * (clicks - clicks.mean()), atol=1e-5)
+
+
 @pytest.mark.parametrize("snr_db", [-20.0, 0.0, 7.5])
 def test_mix_at_snr_by_its_formula(snr_db: float) -> None:
     time = np.arange(RATE) / RATE
@@ -184,6 +200,7 @@ def test_what_is_drawn() -> None:
         assert {each.name[0] for each in (draw.target, *draw.references)} == {draw.target_speaker[0]}
         assert draw.interferer.name[0] == draw.interferer_speaker[0] != draw.target_speaker[0]
         assert 1 <= len(draw.references) == len(set(draw.references)) <= 10
+    assert max(len(draw.references) for draw in draws) == 10
     targets = Counter(draw.target_speaker for draw in draws)
     assert set(targets) == {"many", "two"}
     assert abs(targets["many"] - 750) < 100  # by speaker, not by file; within 5 standard deviations

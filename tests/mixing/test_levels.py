@@ -99,6 +99,15 @@ def test_the_absolute_gate(lufs: float, measured: float) -> None:
     assert integrated_loudness(level * sine, 16000) == pytest.approx(measured, abs=1e-6)
 
 
+@pytest.mark.parametrize(("quiet_db", "counts"), [(-12.4, True), (-13.2, False)])
+def test_the_relative_gate(quiet_db: float, counts: bool) -> None:
+    """Half of the sound is quieter by x dB: the gate is 10 dB below the mean, so 12.81 dB below the loud half."""
+    sine = 0.1 * np.sin(2 * np.pi * 997 * np.arange(20 * 16000) / 16000)
+    both = np.concatenate([sine, 10 ** (quiet_db / 20) * sine])
+    mean_db = 10 * np.log10((1 + 10 ** (quiet_db / 10)) / 2) if counts else 0.0
+    assert integrated_loudness(both, 16000) - integrated_loudness(sine, 16000) == pytest.approx(mean_db, abs=0.05)
+
+
 @pytest.mark.parametrize("snr_db", [-7.0, 0.0, 12.5])
 def test_an_snr_is_the_same_gain_for_floats_arrays_and_tensors(snr_db: float) -> None:
     reference, energy = 3.0, 0.2
