@@ -160,6 +160,7 @@ def test_the_command_mixes_several_corpora(corpus: Path, tmp_path: Path, capsys:
     main(["mix", str(parts[0]), str(tar), str(tmp_path / "out"), *options])
     printed = capsys.readouterr()
     assert "8 of 8 trials" in printed.out
+    assert "\r" not in printed.err, "a progress bar without a terminal"
     assert "left out: 1 files, the first: part0/other/talk.m4a" in printed.err
     used = {row[kind] for row in rows_of(tmp_path / "out") for kind in ("target_speaker", "interferer_speaker")}
     assert used == {"spk000", "spk001", "spk002", "spk003"}

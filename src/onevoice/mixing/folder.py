@@ -85,8 +85,8 @@ def write_trials(
 ) -> None:
     """Write `settings["trials"]` trials to `folder`, or those that an interrupted run left, and count all of them.
 
-    `start()` returns in each process the function that makes a trial. The progress bar moves every `update_steps`
-    trials. The finished `counts` become the summary in `mixture.json`.
+    `start()` returns in each process the function that makes a trial. In a terminal, a progress bar moves every
+    `update_steps` trials. The finished `counts` become the summary in `mixture.json`.
 
     Raises `CorpusError` when the folder holds another run, `StorageError` when it cannot be written.
     """
@@ -175,7 +175,7 @@ def _all_outcomes(
             total=count,
             initial=count - len(missing),
             unit="trial",
-            disable=None,
+            disable=None,  # without a terminal
             miniters=update_steps,
             mininterval=0,
         ) as bar,

@@ -137,9 +137,9 @@ class MixtureGenerator:
     ) -> MixingSummary:
         """Write all trials to the folder, or those that an interrupted run left, and return the counts.
 
-        Each trial draws one of `snr_levels` in dB, all equally likely. `num_workers` processes do the work. The
-        progress bar on standard error moves every `update_steps` trials. For `trim_db` and `vad_db` see `MixingLaw`.
-        Segments have `audioLen` seconds. Broken and silent files are skipped and named in the summary.
+        Each trial draws one of `snr_levels` in dB, all equally likely. `num_workers` processes do the work. In a
+        terminal, a progress bar on standard error moves every `update_steps` trials. For `trim_db` and `vad_db` see
+        `MixingLaw`. Segments have `audioLen` seconds. Broken and silent files are skipped and named in the summary.
 
         Raises `CorpusError` when the folder holds a run with other settings or nothing could be mixed,
         `StorageError` when the disk is full, `ConfigError` for values out of range.
