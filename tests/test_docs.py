@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 OWN_TEST = {"add_a_network.md"}
-"""Pages whose blocks belong together and have a test of their own."""
+"""Pages with a test of their own."""
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONGEST_LINE = 120
 UNWRAPPED = {"training.md"}

@@ -1,0 +1,90 @@
+"""The example of docs/add_a_network.md, added to a copy of the package as the page says, trains and extracts."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, process
+from voices import make_trials
+
+PAGE = ROOT / "docs" / "add_a_network.md"
+
+SCRIPT = """
+import sys
+from onevoice.cli import main
+main(sys.argv[1:])
+"""
+
+
+def add_the_network(folder: Path) -> None:
+    """Copy the package to `folder`, and make the two changes of the page."""
+    shutil.copytree(ROOT / "src" / "onevoice", folder / "onevoice", ignore=shutil.ignore_patterns("__pycache__"))
+    file, line = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    models = folder / "onevoice" / "models"
+    (models / "masker.py").write_text(file, encoding="utf-8")
+    imported, _, table = line.strip().split("\n")
+    text = (models / "__init__.py").read_text(encoding="utf-8")
+    changed = re.sub(r"^NETWORKS: .*$", table, text, flags=re.MULTILINE)
+    assert changed != text
+    (models / "__init__.py").write_text(
+        changed.replace("from onevoice.models.spexplus", f"{imported}\nfrom onevoice.models.spexplus")
+    )
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("package")
+    add_the_network(folder)
+    return folder
+
+
+def test_the_example_trains_and_extracts(package: Path, tmp_path: Path) -> None:
+    trials = make_trials(tmp_path / "trials", 4)
+    experiment = {
+        "name": "masker",
+        "runs_folder": str(tmp_path / "runs"),
+        "model": {"name": "masker", "sample_rate": 8000, "hidden": 16, "speaker_dim": 8, "num_classes": 0},
+        "data": {
+            "train": {"folder": str(trials), "segment_seconds": 0.5},
+            "validation": {"folder": str(trials)},
+            "batch_size": 2,
+            "workers": 0,
+        },
+        "training": {"epochs": 2, "device": "cpu"},
+    }
+    config = tmp_path / "masker.json"
+    config.write_text(json.dumps(experiment))
+    done = process(["-c", SCRIPT, "train", "--config", config], PYTHONPATH=str(package))
+    assert (done.status, "epoch 2 step 4" in done.out) == (0, True), done.out + done.err
+    mixture, enrollment = (next(trials.glob(f"*-{kind}.wav")) for kind in ("mixed", "ref"))
+    weights = tmp_path / "runs" / "masker" / "last.safetensors"
+    done = process(
+        ["-c", SCRIPT, "extract", mixture, enrollment, tmp_path / "voice.wav", "--pretrained", weights],
+        PYTHONPATH=str(package),
+    )
+    assert done.status == 0, done.err
+
+
+CONTRACT = """
+import torch
+from onevoice.models import MODELS
+
+torch.manual_seed(0)
+network = MODELS["masker"](MODELS["masker"].config_class(hop=8, hidden=12, speaker_dim=6, num_classes=3)).eval()
+audio, ref = torch.randn(1, 1001), torch.randn(1, 777)
+padded = {"audio": torch.randn(2, 1500), "ref": torch.randn(2, 1003), "audio_length": torch.tensor([1001, 1500]),
+          "ref_length": torch.tensor([777, 1003])}
+padded["audio"][0, :1001], padded["ref"][0, :777] = audio, ref
+with torch.no_grad():
+    alone, among = network({"audio": audio, "ref": ref}), network(padded)
+torch.testing.assert_close(among["predicted_audio"][0][:1, :1001], alone["predicted_audio"][0])
+torch.testing.assert_close(among["predicted_logits"][:1], alone["predicted_logits"])
+assert alone["predicted_audio"][0].std() > 0
+"""
+
+
+def test_the_example_keeps_the_contract(package: Path) -> None:
+    done = process(["-c", CONTRACT], PYTHONPATH=str(package))
+    assert done.status == 0, done.err
