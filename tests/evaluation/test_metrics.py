@@ -1,6 +1,8 @@
 """Metrics against formulas, independent implementations and the libraries called directly."""
 
+import importlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -164,10 +166,51 @@ def test_utterance_bound(speech: float, pause: float, count: int, expected: int)
     assert metrics._max_utterances(bursts(count, speech, pause), 8000) == expected
 
 
+def test_utterances_are_counted_at_every_threshold() -> None:
+    """Half of the bursts 20 dB down, or pauses only 30 dB down: each needs another threshold."""
+    target = bursts(48, 0.25, 0.25).reshape(48, -1)
+    quiet = target * np.where(np.arange(48) % 2, 1.0, 0.1)[:, None]
+    assert metrics._max_utterances(quiet.ravel(), 8000) == 48
+    noisy = target.ravel() + 0.003 * np.random.default_rng(1).standard_normal(target.size)
+    assert metrics._max_utterances(noisy, 8000) == 48
+
+
+def test_clicks_do_not_join_utterances() -> None:
+    target = bursts(48, 0.25, 0.36).reshape(48, -1)
+    target[:, 3360:3456] += 0.1  # 12 ms in the middle of a pause
+    assert metrics._max_utterances(target.ravel(), 8000) == 48
+
+
+@pytest.mark.parametrize(
+    ("library", "function", "result", "message"),
+    [
+        ("fast_bss_eval", "sdr", np.linalg.LinAlgError("singular"), r"SDR cannot be solved .*singular"),
+        ("fast_bss_eval", "sdr", np.array([np.nan]), "SDR is not a number"),
+        ("pesq", "pesq", np.nan, "PESQ refused: its result is not a number"),
+        ("pesq", "pesq", RuntimeError(b"No utterances"), "PESQ refused: No utterances"),
+        ("pystoi", "stoi", np.nan, "STOI refused: its result is not a number"),
+    ],
+)
+def test_failures_of_a_library_are_refusals(
+    library: str, function: str, result: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> object:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(importlib.import_module(library), function, fail)
+    target, interferer = voices()
+    name = {"fast_bss_eval": "sdr", "pesq": "pesq", "pystoi": "stoi"}[library]
+    values, refusals = metrics.compute_metrics(target + interferer, target, target, 8000, [name])
+    assert values == {name: None}
+    assert re.match(message, refusals[name])
+
+
 def test_a_perfect_estimate_reaches_the_ceiling() -> None:
     target, _ = voices()
     for estimate in (target, -0.1 * target):
-        assert metrics.si_sdr(estimate, target) == CEILING_DB
+        assert metrics.si_sdr(estimate, target) == CEILING_DB == 100.0
         assert metrics.sdr(estimate, target) == pytest.approx(CEILING_DB, abs=0.1)
 
 
@@ -175,7 +218,7 @@ def test_a_perfect_estimate_reaches_the_ceiling() -> None:
 def test_a_silent_estimate_is_a_total_failure(level: float) -> None:
     target, interferer = voices()
     silent = np.full_like(target, level)
-    assert metrics.si_sdr(silent, target) == FLOOR_DB
+    assert metrics.si_sdr(silent, target) == FLOOR_DB == -60.0
     assert metrics.sdr(silent, target) == FLOOR_DB
     assert metrics.stoi(silent, target, 8000) == metrics.stoi(silent, target, 8000, extended=True) == 0.0
     with pytest.raises(MetricError, match="estimate is silent"):
@@ -184,6 +227,10 @@ def test_a_silent_estimate_is_a_total_failure(level: float) -> None:
     assert values["pesq"] is None
     assert set(refusals) == {"pesq"}
     assert values["si_sdr_improvement"] < 1.0
+
+
+def test_an_orthogonal_estimate_scores_the_floor() -> None:
+    assert metrics.si_sdr(np.array([0.0, 0.0, 1.0, -1.0]), np.array([1.0, -1.0, 0.0, 0.0])) == FLOOR_DB
 
 
 def test_an_estimate_without_the_target_scores_above_silence() -> None:
@@ -207,6 +254,8 @@ def test_too_short_is_refused_and_not_scored_as_a_bad_value() -> None:
     values, refusals = metrics.compute_metrics(estimate[:500], target[:500], estimate[:500], 8000)
     assert {name for name, value in values.items() if value is None} == set(refusals)
     assert set(refusals) == {"sdr", "pesq", "stoi", "estoi"}
+    half_second = slice(4000, 8000)
+    assert 0 < metrics.stoi(estimate[half_second], target[half_second], 8000) < 1
     pauses = np.zeros_like(target)
     pauses[:1600] = target[:1600]
     with pytest.raises(MetricError, match="too much silence"):
@@ -233,6 +282,8 @@ def test_signals_that_do_not_belong_together_are_an_error(name: metrics.MetricNa
     for estimate, message in ((target[:-1], "samples"), (broken, "NaN")):
         with pytest.raises(AudioError, match=message):
             metrics.compute_metrics(estimate, target, target, 8000, [name])
+    with pytest.raises(AudioError, match="target: holds NaN"):
+        metrics.compute_metrics(target, broken, target, 8000, [name])
     with pytest.raises(AudioError, match="no samples"):
         metrics.compute_metrics(target[:0], target[:0], target[:0], 8000, [name])
 
@@ -246,6 +297,11 @@ def test_attenuation() -> None:
         metrics.attenuation_db(0 * mixture, mixture)
     with pytest.raises(AudioError, match="samples"):
         metrics.attenuation_db(mixture, mixture[1:])
+    broken = np.where(np.arange(len(mixture)) == 7, np.nan, mixture)
+    with pytest.raises(AudioError, match="estimate: holds NaN"):
+        metrics.attenuation_db(mixture, broken)
+    with pytest.raises(AudioError, match="mixture: holds NaN"):
+        metrics.attenuation_db(broken, mixture)
 
 
 def test_a_score_has_each_metric_and_can_be_pickled() -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +12,18 @@ import torch
 from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
-from onevoice.errors import MissingDependencyError
-from onevoice.evaluation.metrics import pesq, si_sdr, si_sdr_improvement, stoi
+from onevoice.errors import ConfigError, MissingDependencyError
+from onevoice.evaluation.metrics import TrialScore, pesq, si_sdr, si_sdr_improvement, stoi
 from onevoice.evaluation.summary import (
     EvaluationConfig,
+    Report,
     Statistics,
     bootstrap_interval,
     evaluate,
     failure_rate,
     format_report,
     require_metrics,
+    require_rate,
     save_report,
     summarize,
 )
@@ -27,6 +31,7 @@ from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
 from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
+from onevoice.processes import ordered_map
 from onevoice.rng import derive_seed
 from onevoice.trials.reading import find_trials
 
@@ -157,6 +162,61 @@ def test_the_folders_layout_gives_the_same(extractor: Extractor, trials: Path, t
     flat = evaluate(extractor, config(trials, metrics=names), progress=False)
     folders = evaluate(extractor, config(tmp_path, metrics=names), progress=False)
     assert flat.trials == folders.trials
+
+
+def test_metrics_run_in_as_many_processes_as_asked_for(
+    extractor: Extractor, trials: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def one_process(make_work: Any, items: Any, workers: int) -> Any:
+        asked.append(workers)
+        return ordered_map(make_work, items, 1)
+
+    monkeypatch.setattr("onevoice.evaluation.summary.ordered_map", one_process)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    for jobs in (1, 2, 9, 0):  # at most one per trial; 0 is one per core
+        evaluate(extractor, config(trials, jobs=jobs, metrics=("si_sdr",)), progress=False)
+    assert asked == [1, 2, 4, 3]
+
+
+def test_the_printed_report() -> None:
+    rows = [TrialScore(f"{k}", 1.0, {"si_sdr": k * k, "pesq": None}, {"pesq": "too short"}) for k in (1.0, 2.0, 6.0)]
+    rows += [TrialScore(f"absent{k}", 1.0, {}, {}, attenuation_db=k) for k in (10.0, 20.0, 60.0)]
+    statistics = {
+        "si_sdr": Statistics(3, 0, 13.6667, 4.0, 1.3, (1.5, 25.25)),
+        "pesq": summarize([None, None, None]),
+        "stoi": Statistics(3, 0, 0.5, 0.25, 0.125, (0.0, 1.0)),
+    }
+    report = Report(rows, statistics, 0.125, ["a: gone", "b: gone"], ["odd"])
+    assert format_report(report).splitlines() == [
+        "SI-SDR   mean 13.667 dB  (95 % interval 1.500 to 25.250, median 4.000, 5th percentile 1.300, n = 3)",
+        "PESQ     no trial has a value",
+        "STOI     mean 0.500  (95 % interval 0.000 to 1.000, median 0.250, 5th percentile 0.125, n = 3)",
+        "failures 12.5 % of trials below 1 dB SI-SDRi",
+        "target absent: 3 trials, attenuation mean 30.00 dB, median 20.00 dB",
+        "trials   3 with the target, 3 without",
+        "skipped  2 trials that are missing or damaged, first a: gone",
+        "note     odd",
+        "refused  3 × pesq: too short",
+    ]
+    values = report.to_dict()
+    assert (values["trials"], values["target_present"], values["target_absent"]) == (6, 3, 3)
+    assert (values["attenuation_db"]["mean"], values["attenuation_db"]["median"]) == (30.0, 20.0)
+    assert (values["left_out"], values["notes"], values["refusals"]) == (
+        ["a: gone", "b: gone"],
+        ["odd"],
+        {"pesq: too short": 3},
+    )
+    assert report.to_csv().splitlines()[-1] == "absent60.0,1.000,,,,60.0,"
+
+
+def test_pesq_needs_a_rate_that_it_is_defined_at() -> None:
+    for rate in (8000, 16000):
+        require_rate(("pesq", "si_sdr"), rate)
+    require_rate(("si_sdr",), 44100)
+    with pytest.raises(ConfigError, match=r"^metrics: PESQ .* the network works at 44100 Hz; choose others"):
+        require_rate(("pesq",), 44100)
 
 
 def test_the_report_on_disk(extractor: Extractor, trials: Path, tmp_path: Path) -> None:
