@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,22 @@ def test_info_is_the_card(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(("kind", "key"), [("train", "training"), ("eval", "batch_size")])
 def test_schema(capsys: pytest.CaptureFixture[str], kind: str, key: str) -> None:
     assert key in json.loads(good(command(capsys, "schema", kind)).out)["properties"]
+
+
+def described(schema: dict[str, Any]) -> dict[str, bool]:
+    """Every key of every section of a JSON Schema, and whether it has a description of its own."""
+    return {
+        f"{name}.{key}": bool(value.get("description", "").strip())
+        for name, section in {"": schema, **schema.get("$defs", {})}.items()
+        for key, value in section.get("properties", {}).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_schema_describes_every_key(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    keys = described(json.loads(good(command(capsys, "schema", kind)).out))
+    assert len(keys) > 30
+    assert [key for key, is_described in keys.items() if not is_described] == []
 
 
 def test_schema_of_training_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,7 +207,7 @@ class Experiment:
     scheduler: SchedulerConfig = OneCycleConfig()
     """The schedule of the learning rate."""
     training: TrainingConfig = TrainingConfig()
-    """The training loop."""
+    """Length, precision, device, checkpoints and logging of training."""
     tracking: Annotated[TrackingConfig, FREE] = TrackingConfig()
     """What is recorded."""
 
