@@ -10,14 +10,19 @@ from torch.nn import functional as F
 
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import ConfigError
-from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig
+from onevoice.models import MODELS, BandSplitConfig, ModelConfig, Network, SpExPlus, SpExPlusConfig
 from onevoice.models.layers import GlobalNorm, SpeechDecoder, ValidBatchNorm
 
 SMALL: dict[str, ModelConfig] = {
     "spexplus": SpExPlusConfig(
         sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
-    )
-}
+    ),
+    "bandsplit": BandSplitConfig(
+        sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
+        attention_seconds=0.05, heads=2, key_dim=4, voice_vectors=3, num_classes=5,
+    ),
+}  # fmt: skip
+ESTIMATES = {"spexplus": 3, "bandsplit": 1}
 
 
 def network(name: str, seed: int = 0) -> Network:
@@ -50,7 +55,7 @@ def test_every_model_of_the_zoo_is_tested_here() -> None:
 @torch.no_grad()
 def test_estimates_have_the_length_of_the_mixture(model: Network, samples: int) -> None:
     prediction = model({"audio": noise(2, samples), "ref": noise(2, 900)})
-    assert [tuple(e.shape) for e in prediction["predicted_audio"]] == [(2, samples)] * 3
+    assert [tuple(e.shape) for e in prediction["predicted_audio"]] == [(2, samples)] * ESTIMATES[model.config.name]
     assert prediction["predicted_logits"].shape == (2, 5)
     assert all(e.isfinite().all() for e in prediction["predicted_audio"])
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from onevoice.models.bandsplit import BandSplitConfig, BandSplitExtractor
 from onevoice.models.base import Batch, Network, NetworkConfig, Prediction, to_network
 from onevoice.models.spexplus import SpExPlus, SpExPlusConfig
 
-NETWORKS: tuple[type[Network], ...] = (SpExPlus,)
+NETWORKS: tuple[type[Network], ...] = (SpExPlus, BandSplitExtractor)
 
 MODELS: dict[str, type[Network]] = {network.config_class.name: network for network in NETWORKS}
 """Every network by the name in its config: `MODELS[config.name](config)` builds it with random weights."""
@@ -36,6 +37,8 @@ else:
 __all__ = [
     "MODELS",
     "NETWORKS",
+    "BandSplitConfig",
+    "BandSplitExtractor",
     "Batch",
     "ModelConfig",
     "Network",

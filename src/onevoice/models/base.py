@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from onevoice.config import STRICT
@@ -231,3 +232,12 @@ def valid_mask(size: int, length: Lengths | None, like: Tensor) -> Float[Tensor,
     if length is None:
         return None
     return (torch.arange(size, device=like.device) < length.to(like.device)[:, None]).to(like.dtype)
+
+
+def pad_to_whole_seconds(
+    ref: Wave, ref_length: Lengths | None, sample_rate: int
+) -> tuple[Float[Tensor, "batch padded"], Lengths]:
+    """Pad enrollments to whole seconds, so that the compiler sees few lengths."""
+    if ref_length is None:
+        ref_length = torch.full((len(ref),), ref.shape[1], device=ref.device)
+    return F.pad(ref, (0, -ref.shape[1] % sample_rate)), ref_length

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onevoice.config import STRICT
-from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave, compile_once
+from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave, compile_once, pad_to_whole_seconds
 from onevoice.models.layers import Frames, Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock, ValidBatchNorm
 
 POOLING = 3
@@ -103,7 +103,7 @@ class SpExPlus(Network):
     def _embed(self, ref: Wave, ref_length: Lengths | None) -> Embedding:
         compiled = self.compiled and self.training
         if compiled:
-            ref, ref_length = _pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
+            ref, ref_length = pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
         min_samples = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms; shorter ones are padded with zeros
         ref = F.pad(ref, (0, max(0, min_samples - ref.shape[1])))
         mask = self.encoder.mask(ref, None if ref_length is None else ref_length.clamp(min=min_samples))
@@ -152,15 +152,6 @@ class SpExPlus(Network):
             estimate = decoder(masked if mask is None else masked * mask, samples)
             estimates.append(estimate * decoder.level if self.config.normalize_level else estimate)
         return tuple(estimates)
-
-
-def _pad_to_whole_seconds(
-    ref: Wave, ref_length: Lengths | None, sample_rate: int
-) -> tuple[Float[Tensor, "batch padded"], Lengths]:
-    """Pad enrollments to whole seconds, so that the compiler sees few lengths."""
-    if ref_length is None:
-        ref_length = torch.full((len(ref),), ref.shape[1], device=ref.device)
-    return F.pad(ref, (0, -ref.shape[1] % sample_rate)), ref_length
 
 
 class SpeakerEncoder(nn.Module):
