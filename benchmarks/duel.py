@@ -3,10 +3,11 @@
     python benchmarks/duel.py CONFIG.json --seconds 1500 [--turn 20] [--decay 0.3] [--validations 6]
         "plain" "wide: model.channels=64" "muon: optimizer.name=muon optimizer.learning_rate=0.002"
 
-Each contender is a name, and after a colon the keys of CONFIG that it changes. All contenders see the same trials in the
-same order (the same seed, unless a contender changes the data), and each trains for the same number of seconds: of CPU
-time on a CPU, so that other work on the machine does not favor one of them, and of elapsed time on a GPU. Drawing the
-batches is not counted. The learning rate warms up over 200 steps, stays, and falls over the last `--decay` of the time.
+Each contender is a name, and after a colon the keys of CONFIG that it changes. All contenders see the same trials in
+the same order (the same seed, unless a contender changes the data), and each trains for the same number of seconds:
+of CPU time on a CPU, so that other work on the machine does not favor one of them, and of elapsed time on a GPU.
+Drawing the batches is not counted. The learning rate warms up over 200 steps, stays, and falls over the last `--decay`
+of the time.
 
 The table gives after each sixth of the time the examples seen, examples per second, the training SI-SDR since the last
 row, and on the validation trials the mean SI-SDRi with its standard error, the median and the share of failures
@@ -114,7 +115,10 @@ def main() -> None:
     for each in contenders:
         size = sum(weight.numel() for weight in each.trainer.state.model.parameters())
         print(f"{each.name}: {size / 1e6:.2f} M parameters")
-    print(f"{'contender':24}{'seconds':>8}{'examples':>10}{'per s':>8}{'train':>8}{'SI-SDRi':>15}{'median':>8}{'failed':>8}")
+    print(
+        f"{'contender':24}{'seconds':>8}{'examples':>10}{'per s':>8}{'train':>8}{'SI-SDRi':>15}"
+        f"{'median':>8}{'failed':>8}"
+    )
     for validation in range(1, options.validations + 1):
         end = options.seconds * validation / options.validations
         while any(each.used < end for each in contenders):

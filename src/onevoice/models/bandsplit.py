@@ -198,7 +198,7 @@ class TimeBlock(nn.Module):
         self.taps, self.dilation = taps, dilation
         self.norm = RMSNorm(channels)
         self.expand = nn.Linear(taps * channels, 2 * hidden)
-        self.project = _small(nn.Linear(hidden, channels))
+        self.project = _scaled(nn.Linear(hidden, channels))
 
     def forward(self, frames: Bands, film: Float[Tensor, "batch 1 bands twice"] | None, valid: Valid | None) -> Bands:
         """Return the frames plus the result; `film` holds the scale of each channel, then its shift."""
@@ -226,7 +226,7 @@ class FullBandBlock(nn.Module):
         self.gather = nn.Linear(config.channels, config.shared)
         self.attention = Attention(config) if attention else None
         self.mix = nn.Linear(config.features, config.features)
-        self.spread = _small(nn.Linear(config.shared, config.channels))
+        self.spread = _scaled(nn.Linear(config.shared, config.channels))
 
     def forward(
         self, frames: Bands, voice: Float[Tensor, "batch vectors features"] | None, valid: Valid | None
@@ -250,7 +250,7 @@ class Attention(nn.Module):
         self.queries_and_keys = nn.Linear(config.features, 2 * keys)
         self.voice_keys = nn.Linear(config.features, keys)
         self.voice_values = nn.Linear(config.features, config.features)
-        self.project = _small(nn.Linear(config.features, config.features))
+        self.project = _scaled(nn.Linear(config.features, config.features))
 
     def forward(self, frames: Frames, voice: Float[Tensor, "batch vectors features"], valid: Valid | None) -> Frames:
         """Return what each frame gathers."""
@@ -263,7 +263,7 @@ class Attention(nn.Module):
             begin, end = max(0, first - self.reach), min(last + self.reach, count)
             bias = self._bias(first, last, begin, end, own[0].shape[2], valid, queries)
             near = torch.cat([own[0], keys[:, :, begin:end]], dim=2)
-            scores = (queries[:, :, first:last] @ near.transpose(2, 3)).to(torch.float32) * queries.shape[3] ** -0.5
+            scores = _wide(queries[:, :, first:last] @ near.transpose(2, 3)) * queries.shape[3] ** -0.5
             weights = torch.softmax(scores if bias is None else scores + bias, dim=3).to(values.dtype)
             gathered.append(weights @ torch.cat([own[1], values[:, :, begin:end]], dim=2))
         result: Tensor = self.project(torch.cat(gathered, dim=2).transpose(1, 2).flatten(2))
@@ -301,7 +301,7 @@ class BandSplitExtractor(Network):
             for index in range(config.blocks)
         )
         self.full_blocks = nn.ModuleList(FullBandBlock(config, config.attends(index)) for index in range(config.blocks))
-        self.film = nn.ModuleList(_zero(nn.Linear(channels, 2 * channels)) for _ in range(config.blocks))
+        self.film = nn.ModuleList(_scaled(nn.Linear(channels, 2 * channels), 0.0) for _ in range(config.blocks))
         self.mask = BandMask(config.bands, channels)
         self.voice_split = BandSplit(config.bands, channels)
         self.voice_time_block = TimeBlock(channels, config.hidden // 2, config.taps, 1)
@@ -326,7 +326,7 @@ class BandSplitExtractor(Network):
         frames = self._run_block(self._step(FullBandBlock), self.voice_full_block, frames, None, valid)
         mean = self.mean_norm(frames.mean(1) if valid is None else (frames * valid).sum(1) / valid.sum(1))
         gathered = self.voice_gather(self.voice_norm(frames)).flatten(2)
-        scores = (self.voice_queries @ self.voice_keys(gathered).transpose(1, 2)).to(torch.float32)
+        scores = _wide(self.voice_queries @ self.voice_keys(gathered).transpose(1, 2))
         if valid is not None:
             scores = scores.masked_fill(valid[:, None, :, 0, 0] == 0, -math.inf)
         weights = torch.softmax(scores * self.voice_queries.shape[1] ** -0.5, dim=2).to(gathered.dtype)
@@ -385,15 +385,13 @@ class BandSplitExtractor(Network):
         return None if valid is None else valid[:, :, None, None]
 
 
-def _small(layer: nn.Linear) -> nn.Linear:
-    """Return the last layer of a residual branch with smaller weights, so that a block begins near the identity."""
+def _wide(values: Tensor) -> Tensor:
+    """Return values in float32, unless they are wider already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _scaled(layer: nn.Linear, factor: float = 0.3) -> nn.Linear:
+    """Return a layer with smaller initial weights. Residual branches end in one, so that blocks begin near identity."""
     with torch.no_grad():
-        layer.weight.mul_(0.3)
-    return layer
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    """Return a layer that begins at zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+        layer.weight.mul_(factor)
     return layer
