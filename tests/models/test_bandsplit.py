@@ -1,5 +1,6 @@
 """The band-split network: exact windows, bounded context, and the compiled form against the layers."""
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ def test_attention_against_one_softmax_over_all_pairs(count: int) -> None:
     assert torch.allclose(attention(frames, voice, None), wanted, atol=1e-12)
 
 
-def test_compiled_gradients_equal_those_of_the_layers() -> None:
+def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shapes are not checked inside compiled code
     model = network().float().train()
     batch = {"audio": noise(2, 2000).float(), "ref": noise(2, 3000, seed=2).float()}
     gradients = []
