@@ -308,7 +308,7 @@ class BandSplitExtractor(Network):
         self.voice_full_block = FullBandBlock(config, attention=False)
         self.voice_norm, self.mean_norm = RMSNorm(channels), RMSNorm(channels)
         self.voice_gather = nn.Linear(channels, config.shared)
-        self.voice_keys = nn.Linear(features, 2 * config.key_dim)
+        self.voice_keys = nn.Linear(features, 2 * config.key_dim, bias=False)  # one would not change the softmax
         self.voice_queries = nn.Parameter(0.1 * torch.randn(config.voice_vectors, 2 * config.key_dim))
         self.classifier = nn.Linear(config.band_count * channels, config.num_classes)
 
