@@ -161,9 +161,10 @@ class BandMask(nn.Module):
         self.bands = bands
         self.norm = RMSNorm(channels)
         self.weights = nn.ParameterList(
-            0.3 * torch.randn(count, channels, 2 * width) / math.sqrt(channels) for count, width in bands
+            0.1 * torch.randn(count, channels, 2 * width) / math.sqrt(channels) for count, width in bands
         )
-        self.bias = nn.Parameter(torch.zeros(sum(2 * count * width for count, width in bands)))
+        self.bias = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(sum(count * width for count, width in bands)))
+        """Begins as a mask that lets the mixture through."""
 
     def forward(self, frames: Bands) -> Spectrum:
         """Return real and imaginary part of the mask of each bin."""
