@@ -82,7 +82,7 @@ class Contender:
     def validate(self) -> str:
         """Score the validation trials; return a row of the table."""
         trainer = self.trainer
-        found = score_trials(trainer.state.weights, trainer.validation_trials, trainer.device)
+        found = score_trials(trainer.state.weights, trainer.validation_trials, trainer.device) or []
         self.scores = [score.improvement for score in found if score.improvement is not None]
         error = statistics.stdev(self.scores) / len(self.scores) ** 0.5
         failures = sum(score < FAILURE_DB for score in self.scores) / len(self.scores)

@@ -17,8 +17,9 @@ from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.extraction.checkpoint import load_checkpoint, load_pickled
 from onevoice.models import Network, to_network
 from onevoice.training.experiment import AdamConfig, StableConfig
-from onevoice.training.optim import RunningAverage, WarmupStableDecay, build_optimizer
+from onevoice.training.optim import WarmupStableDecay, build_optimizer
 from onevoice.training.run import Trainer, train
+from onevoice.training.state import RunningAverage
 from onevoice.training.step import is_out_of_memory, split
 from onevoice.training.tracking import read_rows
 

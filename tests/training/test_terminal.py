@@ -13,7 +13,7 @@ from toy_runs import experiment
 from voices import make_trials
 
 from onevoice.training.run import Trainer, describe_result, train
-from onevoice.training.terminal import Display
+from onevoice.training.tracking import Display
 
 LINE = re.compile(
     r"step (\d+)/(\d+): loss \S+, SI-SDR -?\d+\.\d\d dB, learning rate \S+, \S+ steps/s, (\d+:)?\d\d:\d\d left"

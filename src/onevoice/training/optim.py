@@ -1,13 +1,9 @@
-"""Optimizers and learning-rate schedulers from their configs, and averages of weights."""
+"""Optimizers and learning-rate schedules from their configs, and the average of checkpoints."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -22,20 +18,19 @@ Scheduler = LRScheduler | ReduceLROnPlateau | None
 def build_optimizer(model: Network, config: AdamConfig) -> Optimizer:
     """Return the optimizer over all parameters of `model`.
 
-    It is the fused one: a single kernel, which also leaves everything as it is where its `found_inf` is 1, so that
-    a step can be skipped on the device.
+    It is the fused version: one kernel, which changes nothing if its `found_inf` is 1, so the device can skip a step.
     """
     kind: type[Adam] = {"adam": Adam, "adamw": AdamW}[config.name]
     return kind(model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: int) -> Scheduler:
-    """Return the scheduler, stepped at each validation (plateau) or each step (others); None for constant."""
+    """Return the scheduler, stepped after each validation (plateau) or each step (others); None for constant."""
     if isinstance(config, OneCycleConfig):
         return OneCycleLR(
             optimizer,
             config.max_learning_rate,
-            total_steps + 1,  # one more: the step after the last is computed too
+            total_steps + 1,  # torch also computes the rate after the last step
             pct_start=config.rising_part,
             div_factor=config.start_divisor,
             final_div_factor=config.final_divisor,
@@ -50,7 +45,7 @@ def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: 
 
 
 class WarmupStableDecay(LRScheduler):
-    """A linear warm-up, the optimizer's rate, and a decay that may be decided on while training."""
+    """A linear warm-up, then the optimizer's rate, then a decay that can be added while training."""
 
     def __init__(self, optimizer: Optimizer, config: StableConfig, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
@@ -61,13 +56,13 @@ class WarmupStableDecay(LRScheduler):
 
     @property
     def last_step(self) -> int:
-        """How many steps training has in all."""
+        """The number of steps in total."""
         if self.decay_from is None or self.config.decay_steps is None:
             return self.total_steps
         return self.decay_from + self.config.decay_steps
 
     def factor(self, step: int) -> float:
-        """Return the rate of a step, counted from 0, as a part of the stable one."""
+        """Return the rate of a step, counted from 0, as a fraction of the stable rate."""
         config, done = self.config, 0.0
         if self.decay_from is not None and config.decay_steps is not None:
             done = min(1.0, max(0.0, (step + 1 - self.decay_from) / config.decay_steps))
@@ -76,16 +71,16 @@ class WarmupStableDecay(LRScheduler):
         return rising * (1 - (1 - 1 / config.decay_divisor) * fallen)
 
     def get_lr(self) -> list[float | Any]:
-        """Return the rate of the coming step for each group of parameters."""
+        """Return the rate of the next step for each group of parameters."""
         return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the schedule, and what was decided of the decay."""
+        """Return the position in the schedule, and the settings and start of the decay."""
         decided = [self.config.decay_steps, self.config.decay_from_step]
         return {"step": self.last_epoch, "decided": decided, "decay_from": self.decay_from}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place: with its decay, or where the config has another one now, with that."""
+        """Continue from a saved position, with its decay, or with that of the config if it has changed."""
         self.last_epoch = state["step"]
         if state["decided"] == [self.config.decay_steps, self.config.decay_from_step]:
             self.decay_from = state["decay_from"]
@@ -95,43 +90,6 @@ class WarmupStableDecay(LRScheduler):
             self.decay_from = self.last_epoch
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
-
-
-class RunningAverage:
-    """An exponential moving average of a network's weights, kept as a network of its own.
-
-    After t updates the decay is min(decay, (1 + t) / (10 + t)), so that the first, random weights are soon
-    forgotten. Running statistics are averaged like weights: to first order, the statistics of the mean weights are
-    the mean of the statistics. Counters are copied. Nothing here makes the host wait for the device.
-    """
-
-    def __init__(self, model: Network, decay: float) -> None:
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-        self.updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-
-    @torch.no_grad()
-    def update(self, model: Network, finite: Bool[Tensor, ""]) -> None:
-        """Move towards the weights of `model`, unless `finite` is False."""
-        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        share = torch.where(finite, 1 - decay, 0.0)
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
-        means = [mean for mean, _ in pairs if mean.is_floating_point()]
-        moves = torch._foreach_sub([now for _, now in pairs if now.is_floating_point()], means)
-        torch._foreach_mul_(moves, share)
-        torch._foreach_add_(means, moves)
-        for mean, now in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(now)
-        self.updates += finite
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that resuming needs."""
-        return {"updates": self.updates, "model": self.model.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved average."""
-        self.updates.copy_(state["updates"])
-        self.model.load_state_dict(state["model"])
 
 
 def average_checkpoints(paths: Sequence[str | Path]) -> tuple[State, Card]:

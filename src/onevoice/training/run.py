@@ -33,8 +33,7 @@ from onevoice.training.distributed import SINGLE_PROCESS, Group, open_group
 from onevoice.training.experiment import Experiment, fill_model_fields
 from onevoice.training.state import TrainingState
 from onevoice.training.step import Learner, is_out_of_memory
-from onevoice.training.terminal import Display
-from onevoice.training.tracking import Tracker, open_tracker
+from onevoice.training.tracking import Display, Tracker, open_tracker
 from onevoice.training.validation import sounds, validate
 from onevoice.trials.reading import TrialBatch, dead_worker_error
 

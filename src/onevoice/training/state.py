@@ -1,5 +1,6 @@
 """The state of a run: everything that the next step depends on. It saves and loads itself as a whole."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from onevoice.models import MODELS, Network
 from onevoice.rng import derive_seed
 from onevoice.training.distributed import Group
 from onevoice.training.experiment import Experiment, changed_settings, fill_model_fields
-from onevoice.training.optim import RunningAverage, Scheduler, WarmupStableDecay, build_optimizer, build_scheduler
+from onevoice.training.optim import Scheduler, WarmupStableDecay, build_optimizer, build_scheduler
 
 LOGGED_MEANS = {"loss": "steps", "cross_entropy": "steps", "gradient_norm": "steps", "si_sdr_db": "speaking"}
 """The values of a log line, and what each sum is divided by: steps, or items whose target speaks."""
@@ -51,6 +52,43 @@ class Progress:
     """Parts into which each batch is split now."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over the steps since the last log line, by the names in `SUMS`."""
+
+
+class RunningAverage:
+    """An exponential moving average of a network's weights, kept as a network of its own.
+
+    After t updates the decay is min(decay, (1 + t) / (10 + t)), so the first, random weights are soon
+    forgotten. Running statistics are averaged like weights: to first order, the statistics of the mean weights are
+    the mean of the statistics. Counters are copied. Nothing here makes the host wait for the device.
+    """
+
+    def __init__(self, model: Network, decay: float) -> None:
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+        self.updates = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, model: Network, finite: Bool[Tensor, ""]) -> None:
+        """Move toward the weights of `model`, unless `finite` is False."""
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        step = torch.where(finite, 1 - decay, 0.0)
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        means = [mean for mean, _ in pairs if mean.is_floating_point()]
+        moves = torch._foreach_sub([now for _, now in pairs if now.is_floating_point()], means)
+        torch._foreach_mul_(moves, step)
+        torch._foreach_add_(means, moves)
+        for mean, now in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(now)
+        self.updates += finite
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that resuming needs."""
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a saved average."""
+        self.updates.copy_(state["updates"])
+        self.model.load_state_dict(state["model"])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The record of a training run: numbers and sounds, in the run folder and, if configured, TensorBoard and W&B.
+"""The record of a training run, in its folder and, if configured, in TensorBoard and W&B; and what it shows.
 
 `metrics.jsonl` (one JSON object per line) and `samples/` (WAV files of the latest validations) are always written.
 The packages for TensorBoard and Weights & Biases are imported only if the config asks for them.
@@ -13,9 +13,10 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
+from tqdm import tqdm
 
 from onevoice.audio import Mono, write_audio
 from onevoice.config import STRICT
@@ -119,6 +121,58 @@ class Tracker:
         """Finish all records, each one even if another fails; nothing is recorded afterwards."""
         self.folder = None
         self.resources.close()
+
+
+class Display:
+    """Shows steps, loss, speed and remaining time; `enabled=False` shows nothing."""
+
+    def __init__(self, step: int, last_step: int, *, enabled: bool = True) -> None:
+        self.enabled, self.last_step = enabled, last_step
+        self.bar = tqdm(
+            total=last_step, initial=step, unit="step", dynamic_ncols=True, disable=None if enabled else True
+        )
+        self.start(step)
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether standard error is a terminal, which shows a bar."""
+        return not self.bar.disable
+
+    def start(self, step: int) -> None:
+        """Measure speed from here, after a pause such as a validation."""
+        self.measured_step, self.measured_time = step, time.monotonic()
+
+    def update(self) -> None:
+        """Show one more step."""
+        self.bar.update()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the values of a log line."""
+        results = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        results += [f"SI-SDR {values['si_sdr_db']:.2f} dB"] if "si_sdr_db" in values else []
+        if self.has_bar:
+            self.bar.set_postfix_str(", ".join(results), refresh=False)
+        elif self.enabled:
+            speed = (step - self.measured_step) / max(time.monotonic() - self.measured_time, 1e-9)
+            self.start(step)
+            results += [
+                f"learning rate {values['learning_rate']:.3g}",
+                f"{speed:.3g} steps/s",
+                f"{tqdm.format_interval((self.last_step - step) / speed)} left",
+            ]
+            print(f"step {step}/{self.last_step}: {', '.join(results)}", file=sys.stderr, flush=True)
+
+    def say(self, line: str, echo: Callable[[str], None]) -> None:
+        """Call `echo(line)` without garbling the bar."""
+        if not self.has_bar:
+            echo(line)
+            return
+        with tqdm.external_write_mode():
+            echo(line)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
 
 
 def open_tracker(
