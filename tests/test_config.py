@@ -139,7 +139,7 @@ WRONG = {
     "data.validation=null": "data.validation: input should be an object, not null",
     "data={}": "data.train: is required and missing; data.validation: is required and missing",
     "model.kernel_size=2": "model: kernel_size must be odd, not 2",
-    "model.name=wesep": "model.name: input should be one of 'spexplus', not \"wesep\"",
+    "model.name=wesep": "model.name: input should be one of 'spexplus', 'bandsplit', not \"wesep\"",
 }
 
 
