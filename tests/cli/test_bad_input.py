@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -228,6 +229,21 @@ def test_folders_and_names_in_place_of_files(home: Home, capsys: pytest.CaptureF
 def test_unusable_sound_in_a_worker(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     cut(home.mixture)
     check_fails(capsys, home, [*home.arguments("train"), "--set", "data.workers=1"], home.mixture, "truncated")
+
+
+def test_a_command_ends_after_an_error_in_a_worker(home: Home) -> None:
+    """A worker ignores signals to stop; it must not keep the command from exiting."""
+    cut(home.mixture)
+    arguments = [*home.arguments("train"), "--set", "data.workers=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "onevoice", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "truncated" in done.stderr.splitlines()[-1]
 
 
 def test_bad_sound_in_a_separate_process(home: Home) -> None:

@@ -275,6 +275,7 @@ def read_batches(loader: Iterable[TrialBatch]) -> Iterator[TrialBatch]:
     except OnevoiceError as error:
         kind = type(error)
         *_, last = str(error).strip().splitlines()
+        error.__traceback__ = None  # its frames would keep the loader's processes, and so this one, from ending
         raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from None
     except RuntimeError as error:
         dead = dead_worker_error(error)
