@@ -87,7 +87,7 @@ class Extractor:
 
 
 def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
-    """Load weights by published name, path or hub address (see `checkpoint.resolve`); by default, the default ones.
+    """Load weights by published name, path or hub address (`checkpoint.resolve`); None means the default weights.
 
     `config` describes the model of a `.pth` file; other files describe themselves. Raises `CheckpointError`, and
     `ConfigError` for a device that is not available.
