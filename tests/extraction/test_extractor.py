@@ -10,7 +10,7 @@ from voices import Voice
 
 import onevoice
 from onevoice.audio import read_audio, write_audio
-from onevoice.errors import AudioError
+from onevoice.errors import AudioError, StorageError
 from onevoice.extraction.checkpoint import Card, save_checkpoint
 from onevoice.extraction.extractor import Extractor, extract_file, fit_length, match_level
 from onevoice.models import SpExPlus, SpExPlusConfig
@@ -170,6 +170,40 @@ def test_a_loud_estimate_is_not_clipped(straight: Extractor, tmp_path: Path) -> 
 def test_unusable_sound(extractor: Extractor, mixture: np.ndarray, enrollment: np.ndarray, message: str) -> None:
     with pytest.raises(AudioError, match=message):
         extractor.extract(mixture, 8000, enrollment, 8000)
+
+
+def test_the_shortest_enrollment(extractor: Extractor) -> None:
+    extractor.extract(speech(), 8000, speech(0, 0.5), 8000)
+    with pytest.raises(AudioError, match=r"enrollment: lasts 0\.49 s"):
+        extractor.extract(speech(), 8000, speech(0, 0.49), 8000)
+
+
+def test_the_first_estimate_is_used_in_evaluation_mode() -> None:
+    model = SpExPlus(CONFIG).train()
+    extractor = Extractor(model, Card(CONFIG))
+    assert not model.training
+    batch = {"audio": torch.from_numpy(speech())[None], "ref": torch.from_numpy(speech(1))[None]}
+    with torch.inference_mode():
+        first, *others = model(batch)["predicted_audio"]
+    assert torch.equal(extractor.estimate(batch), first)
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_a_failed_extraction_leaves_no_file(
+    extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_audio(tmp_path / "mixture.flac", speech(0) / 2 + speech(1) / 2, 8000)
+
+    def full_disk(path: Path, *arguments: object, **options: object) -> None:
+        if path.name == "out.wav":
+            raise StorageError(f"{path}: cannot be written")
+        write_audio(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("onevoice.extraction.extractor.write_audio", full_disk)
+    mixture = tmp_path / "mixture.flac"
+    with pytest.raises(StorageError):
+        extract_file(extractor, mixture, mixture, tmp_path / "out.wav", tmp_path / "rest.wav")
+    assert [path.name for path in tmp_path.iterdir()] == ["mixture.flac"]
 
 
 def test_the_public_interface(tmp_path: Path) -> None:
