@@ -32,9 +32,15 @@ from onevoice.extraction.checkpoint import (
     save_checkpoint,
     save_resume,
 )
-from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig
+from onevoice.models import MODELS, BandSplitConfig, ModelConfig, Network, SpExPlus, SpExPlusConfig
 
-SMALL: dict[str, ModelConfig] = {"spexplus": TINY}
+SMALL: dict[str, ModelConfig] = {
+    "spexplus": TINY,
+    "bandsplit": BandSplitConfig(
+        sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
+        attention_seconds=0.05, heads=2, key_dim=4, voice_vectors=3, num_classes=5,
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture
