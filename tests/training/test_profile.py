@@ -183,7 +183,7 @@ def test_a_profile_has_its_files_and_leaves_the_run_as_it_was(trials: Path, tmp_
     assert 0 < result.outside_products < 1
     assert result.peak_bytes > 2**26  # torch alone takes more
     folder = tmp_path / "one" / "toy"
-    assert lines[-1] == f"profiled 3 steps; nothing was saved but {folder / 'profile'}"
+    assert lines[-1] == f"profiled 3 steps; only {folder / 'profile'} was written"
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [
         "profile", "profile/profile.json", "profile/trace.json.gz",
     ]  # fmt: skip
@@ -191,7 +191,7 @@ def test_a_profile_has_its_files_and_leaves_the_run_as_it_was(trials: Path, tmp_
         names = {event.get("name") for event in json.load(stream)["traceEvents"]}
     assert "aten::convolution" in names or "aten::mm" in names
     assert json.loads((folder / "profile" / "profile.json").read_text())["steps"] == 3
-    rows = table(result, most=2).split("by its own time")[1].splitlines()
+    rows = table(result, max_operators=2).split("by its own time")[1].splitlines()
     longest = sorted(result.operators, key=lambda each: each.seconds)[:-3:-1]
     assert [row.rsplit("  ")[-1].removesuffix(" *") for row in rows[1:3]] == [each.name for each in longest]
     assert rows[3] == ""
@@ -220,7 +220,7 @@ def test_a_trained_run_can_be_profiled(trials: Path, tmp_path: Path, capsys: pyt
     before = last.read_bytes()
     done = command(capsys, "train", "--r", last, "--profile", "1")
     assert done.status == 0, done.err
-    assert "profiled 1 steps; nothing was saved but" in done.out
+    assert "profiled 1 steps; only " in done.out
     assert last.read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Where training gets its batches from: trials on disk, or mixtures drawn anew at every step.
+"""The batches of training: from trials on disk, or from mixtures drawn at every step.
 
 A `Source` gives the batches of any epoch, from any step of it on, as a function of (seed, epoch, step) alone.
 """
@@ -41,11 +41,11 @@ class Source(ABC):
     """Names of the training speakers, in the order of the classifier."""
     steps_per_epoch: int
     digest: str
-    """Says whether the data of two runs are the same, wherever they lie."""
+    """Tells whether two runs use the same data, wherever it is stored."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
-        """Give the batches of steps start ≤ step < stop of an epoch."""
+        """Return the batches of the steps start ≤ step < stop of an epoch."""
 
 
 def open_source(
@@ -111,7 +111,7 @@ class TrialSource(Source):
             )
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
-        """Give the batches of steps start ≤ step < stop of an epoch."""
+        """Return the batches of the steps start ≤ step < stop of an epoch."""
         sampler = EpochSampler(len(self.dataset), self.data.batch_size, self.seed, epoch, start, stop, share=self.share)
         return read_batches(_loader(self.dataset, sampler, self.data, self.device))
 
@@ -149,7 +149,7 @@ class DynamicSource(Source):
         self.renderer = Renderer(self.planner, device) if trials.on_device else None
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
-        """Give the batches of steps start ≤ step < stop of an epoch."""
+        """Return the batches of the steps start ≤ step < stop of an epoch."""
         size = self.data.batch_size
         if self.renderer is not None:
             renderer = self.renderer

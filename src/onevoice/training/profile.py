@@ -1,9 +1,9 @@
-"""Profiling: a few real training steps, timed, traced, and held against what the machine can do.
+"""Profiling: time and trace a few real training steps, and compare them with what the machine can do.
 
     RUN/profile/profile.json     the figures of the table
     RUN/profile/trace.json.gz    the last steps as a Chrome trace, for https://ui.perfetto.dev or chrome://tracing
 
-Nothing else of a run is written: the weights that these steps have moved are thrown away.
+Nothing else is written; the changed weights are discarded.
 """
 
 import json
@@ -31,17 +31,17 @@ from onevoice.training.step import PRECISIONS
 from onevoice.trials.reading import TrialBatch
 
 WARM_UP, TRACED = 3, 2
-"""Steps before those that are timed, left out of all figures, and steps after them, traced but not timed."""
+"""Steps before the timed ones, which no figure includes, and steps after them, which are traced."""
 PRODUCTS = re.compile(
     r"(\b|_)(mm|addmm|bmm|baddbmm)(\b|_)|linear|convolution|gemm|cutlass|nvjet|wgrad|dgrad|fprop|xmma"
 )
 GROUPED = re.compile("depthwise|grouped")
-"""Names of the operators and kernels that are matrix products, and of the convolutions among them that are not."""
+"""Match the names of matrix products, and of the convolutions among them that are none."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """The time that one operator or kernel took itself, without those that it called."""
+    """The time spent in one operator or kernel, without the operators it calls."""
 
     name: str
     seconds: float
@@ -53,20 +53,20 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured; times in seconds per step."""
+    """The measurements; times are in seconds per step."""
 
     machine: str
     steps: int
     examples: int
-    """In all steps together, as the two below."""
+    """Of all steps together, as are the next two."""
     audio_seconds: float
     cost: Cost
     step_seconds: Sequence[float]
-    """Of each step, its data included."""
+    """Of each step, including its data."""
     wait_seconds: Sequence[float]
-    """Of each step: until its batch was there."""
+    """Of each step, until its batch was ready."""
     operators: Sequence[Operator]
-    """All of the traced steps, the longest first."""
+    """All operators of the traced steps, longest first."""
     peak_bytes: int
     ceilings: Ceilings
 
@@ -82,7 +82,7 @@ class Profile:
 
     @property
     def outside_products(self) -> float:
-        """The share of the operators' time that is not spent in matrix products."""
+        """The share of the operators' time spent outside matrix products."""
         total = sum(operator.seconds for operator in self.operators)
         return sum(operator.seconds for operator in self.operators if not operator.is_product) / total if total else 0.0
 
@@ -122,8 +122,8 @@ def profile_training(
 ) -> Profile:
     """Profile `steps` training steps of an experiment on its own data, print the table, and write RUN/profile.
 
-    `load` names a checkpoint whose weights are taken. The learning rate is constant. Raises what training raises, and
-    `ConfigError` for fewer than one step.
+    `load` names a checkpoint to take weights from. The learning rate is constant. Raises the errors of training, and
+    `ConfigError` for less than one step.
     """
     if steps < 1:
         raise ConfigError(f"--profile {steps}: give the number of steps to time, 1 or more")
@@ -138,12 +138,12 @@ def profile_training(
         raise TrainingError(f"out of memory on {trainer.device}; lower data.batch_size or the lengths") from error
     atomic_write(folder / "profile.json", json.dumps(result.figures(), indent=2).encode() + b"\n")
     echo(table(result))
-    echo(f"profiled {steps} steps; nothing was saved but {folder}")
+    echo(f"profiled {steps} steps; only {folder} was written")
     return result
 
 
-def table(result: Profile, most: int = 12) -> str:
-    """Return the figures as aligned text, with the `most` longest operators."""
+def table(result: Profile, max_operators: int = 12) -> str:
+    """Return the figures as aligned text, with the `max_operators` longest operators."""
     figures, cost, top = result.figures(), result.cost, result.ceilings
     count, median, slow = result.steps, figures["step_seconds_median"], figures["step_seconds_95th_percentile"]
     wait, peak = sum(result.wait_seconds) / count, "allocated" if "cuda" in result.machine else "resident set"
@@ -163,7 +163,7 @@ def table(result: Profile, most: int = 12) -> str:
     lines = [result.machine, *(f"{name:24}{value}" for name, value in rows)]
     lines += ["", f"{'time a step':>12}  {'share':>6}  {'calls':>7}  operator or kernel, by its own time (* product)"]
     total = sum(operator.seconds for operator in result.operators) or 1.0
-    for each in result.operators[:most]:
+    for each in result.operators[:max_operators]:
         name = each.name[:70] + (" *" if each.is_product else "")
         lines.append(f"{each.seconds * 1e3:9.2f} ms  {each.seconds / total:6.1%}  {each.calls:7.1f}  {name}")
     return "\n".join([*lines, "", *FOOTNOTES])
@@ -216,7 +216,7 @@ def _measure(trainer: Trainer, steps: int, folder: Path, clock: Callable[[], flo
 
 
 def _batches(trainer: Trainer) -> Iterator[TrialBatch]:
-    """Give the batches of the run's epochs, as training reads them, without end."""
+    """Yield the batches of one epoch after another, as training reads them."""
     epoch = 0
     while True:
         yield from trainer.source.batches(epoch, 0, trainer.steps_per_epoch)
@@ -224,7 +224,7 @@ def _batches(trainer: Trainer) -> Iterator[TrialBatch]:
 
 
 def _trace(trainer: Trainer, batches: Iterator[TrialBatch], folder: Path) -> list[Operator]:
-    """Trace a few steps more into `folder` and return where their time went."""
+    """Trace a few more steps into `folder` and return the time of each operator."""
     on_cuda = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities, record_shapes=True) as recorded:
@@ -248,14 +248,14 @@ def _trace(trainer: Trainer, batches: Iterator[TrialBatch], folder: Path) -> lis
 
 
 def _export(recorded: Any, path: Path) -> None:
-    """Write the trace compressed, though the temporary name does not end in .gz as the profiler wants it."""
+    """Write the trace compressed. The profiler compresses only names that end in .gz, unlike the temporary name."""
     compressed = path.with_name(f"{path.name}.json.gz")
     recorded.export_chrome_trace(str(compressed))
     compressed.replace(path)
 
 
 def _is_product(name: str, shapes: Any) -> bool:
-    """Say whether an operator or kernel is a matrix product; a convolution by groups of few channels is not."""
+    """Check whether an operator or kernel is a matrix product. A grouped convolution is not one."""
     if not PRODUCTS.search(name) or GROUPED.search(name):
         return False
     sizes = [shape for shape in shapes or () if shape and len(shape) >= 3]
@@ -266,7 +266,7 @@ def _is_product(name: str, shapes: Any) -> bool:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Return the most memory in use: what torch had allocated on a GPU, the resident set of the process on a CPU."""
+    """Return the peak memory: allocated by torch on a GPU, the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
@@ -274,7 +274,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _describe(trainer: Trainer, steps: int, size: int, samples: int) -> str:
-    """Say what was run, and on what."""
+    """Describe the steps and the device."""
     device, settings = trainer.device, trainer.experiment
     cpu = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu if device.type == "cpu" else "1 device"

@@ -1,7 +1,7 @@
-"""What a training step must do, counted, and what a machine can do, measured: the two sides of a roofline.
+"""The two sides of a roofline: the counted work of a training step, and the measured limits of a machine.
 
 The count runs the network forward and backward on tensors without data (`FakeTensorMode`), so it takes no memory, needs
-no accelerator, and is a function of the model, the shapes of a batch and the precision alone.
+no accelerator, and depends only on the model, the shapes of a batch, and the precision.
 """
 
 import math
@@ -30,9 +30,9 @@ class Cost:
     flops: int = 0
     """Floating-point operations of matrix products and convolutions; an addition and a multiplication are two."""
     operator_bytes: int = 0
-    """Memory traffic when every operator of the eager network reads its inputs and writes its outputs once."""
+    """Memory traffic if every operator of the eager network reads its inputs and writes its outputs once."""
     product_bytes: int = 0
-    """The part of the matrix products in that: what is left when all between two of them is fused into them."""
+    """The share of the matrix products in that traffic; it remains if everything between them is fused into them."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -43,7 +43,7 @@ class Cost:
 
 
 class CostCounter:
-    """Counts what a step of a network costs."""
+    """Counts the work of one training step of a network."""
 
     def __init__(self, config: ModelConfig, precision: torch.dtype = torch.float32) -> None:
         self.fake, self.precision = FakeTensorMode(), precision
@@ -66,7 +66,7 @@ class CostCounter:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine does at best, measured."""
+    """The measured peak rates of a machine."""
 
     flops: float
     """Per second, in a large matrix product of the run's precision."""
@@ -74,7 +74,7 @@ class Ceilings:
     """Per second read and written, in a large copy."""
 
     def floor(self, cost: Cost) -> float:
-        """Return the least seconds that `cost` can take: its products at full rate, or their operands if slower."""
+        """Return the minimum seconds for `cost`: the products at full rate, or moving their operands if that is slower."""
         return max(cost.flops / self.flops, cost.product_bytes / self.bytes)
 
 
@@ -100,7 +100,7 @@ def measure_ceilings(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
+    """Wait until an accelerator has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -137,7 +137,7 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _bytes(values: Any) -> int:
-    """Sum the bytes of all tensors; a tensor that repeats its storage counts no more than that."""
+    """Sum the bytes of all tensors; a tensor that repeats its storage counts as its storage."""
     total = 0
     for value in values:
         if isinstance(value, Tensor):
