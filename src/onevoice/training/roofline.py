@@ -74,7 +74,7 @@ class Ceilings:
     """Per second read and written, in a large copy."""
 
     def floor(self, cost: Cost) -> float:
-        """Return the minimum seconds for `cost`: the products at full rate, or moving their operands if that is slower."""
+        """Return the minimum seconds for `cost`: for the products, or for moving their operands if that is slower."""
         return max(cost.flops / self.flops, cost.product_bytes / self.bytes)
 
 
@@ -83,8 +83,8 @@ def measure_ceilings(
 ) -> Ceilings:
     """Measure the ceilings of a device: the best of `repeats` products of `size`³ and copies of 16·`size`² floats.
 
-    On the CPU the product is tried as `torch.mm` and as our `pointwise`, for torch gives the one to MKL or BLAS
-    and the other to oneDNN, and which is faster depends on the processor. By default `size` is 2048 there, else 8192.
+    On the CPU, `torch.mm` and our `pointwise` are both tried: torch runs one with MKL or BLAS and the other with
+    oneDNN, and which is faster depends on the processor. By default `size` is 2048 there, otherwise 8192.
     """
     size = size or (2048 if device.type == "cpu" else 8192)
     left, right = torch.randn(2, size, size, device=device).to(precision)
