@@ -185,13 +185,15 @@ def test_the_printed_report() -> None:
     rows += [TrialScore(f"absent{k}", 1.0, {}, {}, attenuation_db=k) for k in (10.0, 20.0, 60.0)]
     statistics = {
         "si_sdr": Statistics(3, 0, 13.6667, 4.0, 1.3, (1.5, 25.25)),
-        "pesq": summarize([None, None, None]),
+        "pesq": Statistics(3, 0, 2.5, 2.25, 1.5, (2.0, 3.0)),
+        "sdr": summarize([None, None, None]),
         "stoi": Statistics(3, 0, 0.5, 0.25, 0.125, (0.0, 1.0)),
     }
     report = Report(rows, statistics, 0.125, ["a: gone", "b: gone"], ["odd"])
     assert format_report(report).splitlines() == [
         "SI-SDR   mean 13.667 dB  (95 % interval 1.500 to 25.250, median 4.000, 5th percentile 1.300, n = 3)",
-        "PESQ     no trial has a value",
+        "PESQ     mean 2.500  (95 % interval 2.000 to 3.000, median 2.250, 5th percentile 1.500, n = 3)",
+        "SDR      no trial has a value",
         "STOI     mean 0.500  (95 % interval 0.000 to 1.000, median 0.250, 5th percentile 0.125, n = 3)",
         "failures 12.5 % of trials below 1 dB SI-SDRi",
         "target absent: 3 trials, attenuation mean 30.00 dB, median 20.00 dB",
@@ -208,7 +210,7 @@ def test_the_printed_report() -> None:
         ["odd"],
         {"pesq: too short": 3},
     )
-    assert report.to_csv().splitlines()[-1] == "absent60.0,1.000,,,,60.0,"
+    assert report.to_csv().splitlines()[-1] == "absent60.0,1.000,,,,,60.0,"
 
 
 def test_pesq_needs_a_rate_that_it_is_defined_at() -> None:

@@ -9,7 +9,7 @@ import torch
 from voices import Voice
 
 import onevoice
-from onevoice.audio import read_audio, write_audio
+from onevoice.audio import read_audio, resample, write_audio
 from onevoice.errors import AudioError, StorageError
 from onevoice.extraction.checkpoint import Card, save_checkpoint
 from onevoice.extraction.extractor import Extractor, extract_file, fit_length, match_level
@@ -84,6 +84,12 @@ def test_the_enrollment_rate_is_the_mixtures_by_default(extractor: Extractor) ->
     np.testing.assert_array_equal(
         extractor.extract(mixture, 16000, enrollment), extractor.extract(mixture, 16000, enrollment, 16000)
     )
+
+
+def test_the_enrollment_is_converted_from_its_own_rate(extractor: Extractor) -> None:
+    mixture, enrollment = speech(0) + speech(1), speech(0, 2.0, 16000)
+    expected = extractor.extract(mixture, 8000, resample(enrollment, 16000, 8000), 8000)
+    np.testing.assert_array_equal(extractor.extract(mixture, 8000, enrollment, 16000), expected)
 
 
 def test_enrollment_level_and_offset_do_not_matter(extractor: Extractor) -> None:
