@@ -202,7 +202,8 @@ def test_missing_sound_for_extract(home: Home, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("verb", ["eval", "train"])
 def test_missing_file_of_a_trial(home: Home, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     home.enrollment.unlink()
-    check_fails(capsys, home, home.arguments(verb), home.trials, "1 of 6 trials lack their enrollment, first 'spk")
+    message = "the enrollment is missing for 1 of 6 trials, first 'spk"
+    check_fails(capsys, home, home.arguments(verb), home.trials, message)
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
