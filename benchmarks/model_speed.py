@@ -2,9 +2,9 @@
 
     python benchmarks/model_speed.py [--seconds 4] [--batch 2] [--repeats 5] [--threads 2]
 
-The paper's sizes, on the CPU or, with --device cuda, on a GPU. The plain column is the same network written with
-torch's own layers as one would at first (`plain_layers.py`): concatenated embedding, gLN from means and variances,
-transposed convolutions. Runs alternate; the table gives medians and their ratio in one run.
+The sizes are the paper's. The device is the CPU, or a GPU with --device cuda. The plain column is the same network
+written with torch's own layers in the obvious way (`plain_layers.py`): concatenated embedding, gLN from means and
+variances, transposed convolutions. Runs alternate; the table shows medians and the median ratio within a round.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as training does; it serves both columns
+    keep_freed_memory()  # as in training; it helps both columns
     torch.manual_seed(0)
     print(f"batch {options.batch} × {options.seconds:g} s, {options.threads} threads, torch {torch.__version__}")
     print(f"{'rate':>6}  {'pass':14}{'onevoice':>12}{'plain':>12}{'ratio':>8}   (seconds of audio per second)")

@@ -1,4 +1,4 @@
-"""SpEx+ written with torch's own layers as one would at first: the baseline of the speed benchmarks."""
+"""SpEx+ written with torch's own layers in the obvious way: the baseline of the speed benchmarks."""
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Residual(nn.Module):
 
 
 class PlainSpExPlus(nn.Module):
-    """The published network of a config; lengths and levels are left to the caller."""
+    """The published network of a config; it ignores lengths and levels."""
 
     def __init__(self, c: SpExPlusConfig) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""How fast a training step of SpEx+ is, side by side in one run: ours, the plain network, and any other you point at.
+"""How fast a training step of SpEx+ is: ours, the plain network, and any other network, side by side in one run.
 
     python benchmarks/train_speed.py [--batch 2] [--seconds 4] [--repeats 5] [--threads 2] [--device cpu] [--small]
         [--sample-rate 16000] [--peer FILE.py:CLASS] [--peer-arguments '{"norm": "gLN"}']
 
-A step is forward, loss, backward, clipping and Adam, on the same batch, of the paper's sizes (--small: those of
-configs/small.json, which --peer cannot follow). "plain" is the network written with torch's layers as one would at
-first (`plain_layers.py`), in eager float32: the base of the ratios. Runs alternate, after two to warm up (the compiler
-works then: a minute or two); the table gives medians, and the median of the ratios within a round.
+A step is forward, loss, backward, clipping and Adam, on the same batch. The sizes are the paper's, or with --small
+those of configs/small.json (a peer keeps its own). "plain" is the network written with torch's layers in the obvious
+way (`plain_layers.py`); in eager float32 it is the base of the ratios. Runs alternate, after two warm-up runs in which
+the compiler works for a minute or two. The table shows medians, and the median ratio within a round.
 
 A peer is a class whose instance is called as (mixture, enrollment[, lengths]) and returns estimates of shape (batch,
-samples), in any nesting, with the speaker logits as the last tensor; it is trained by our loss. Its file's folder is
-searched for what it imports. For the published code of SpEx+, whose windows are those of 8 kHz:
+samples), nested in any way, with the speaker logits as the last tensor. It is trained with our loss. Its imports are
+also searched in the folder of its file. For the published code of SpEx+, whose windows are those of 8 kHz:
 
     git clone https://github.com/gemengtju/SpEx_Plus
     python benchmarks/train_speed.py --sample-rate 8000 --peer SpEx_Plus/nnet/conv_tas_net.py:ConvTasNet \
@@ -42,7 +42,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Peer(torch.nn.Module):
-    """Another's network behind our contract."""
+    """A network from elsewhere behind our contract."""
 
     def __init__(self, spec: str, arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as training does; it serves all rows
+    keep_freed_memory()  # as in training; it helps all rows
     torch.manual_seed(0)
     config = SpExPlusConfig(sample_rate=options.sample_rate)
     if options.small:

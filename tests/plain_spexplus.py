@@ -1,8 +1,7 @@
-"""SpEx+ a second time, straight from the equations of arXiv 2005.04686, as functions of a weight dictionary.
+"""A second SpEx+, straight from the equations of arXiv 2005.04686, as functions of a weight dictionary.
 
-It shares no code with the package: every layer is written as the sum the paper states, on full-length inputs,
-one item at a time, in float64, for evaluation (running statistics in the batch norms). Only the names of the
-weights come from the package.
+It shares no code with the package, only the names of the weights. Every layer is the sum that the paper states, on
+full-length inputs, one item at a time, in float64, in evaluation mode (running statistics in the batch norms).
 """
 
 import torch
@@ -55,7 +54,7 @@ def max_pool(x: Tensor) -> Tensor:
 
 
 def encode(signal: Tensor, w: Weights, windows: tuple[int, ...], hop: int) -> list[Tensor]:
-    """The three coded signals; the long windows see zeros beyond the end (the length fits the short window)."""
+    """Return the three encoded signals. The long windows see zeros beyond the end; the length fits the short window."""
     count = (len(signal) - windows[0]) // hop + 1
     scales = []
     for index, window in enumerate(windows):

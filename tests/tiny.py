@@ -14,13 +14,23 @@ import torch
 from onevoice.cli import main
 from onevoice.config import to_dict
 from onevoice.extraction.checkpoint import Card, save_checkpoint
-from onevoice.models import SpExPlus, SpExPlusConfig
+from onevoice.models import BandSplitConfig, ModelConfig, SpExPlus, SpExPlusConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = SpExPlusConfig(
     sample_rate=8000, window_seconds=(0.005, 0.01, 0.02), filters=8, channels=8, hidden=8,
     blocks=2, stacks=1, speaker_dim=8, num_classes=4,
 )  # fmt: skip
+SMALL_CONFIGS: dict[str, ModelConfig] = {
+    "spexplus": SpExPlusConfig(
+        sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
+    ),
+    "bandsplit": BandSplitConfig(
+        sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
+        attention_seconds=0.05, heads=2, key_dim=4, voice_vectors=3, num_classes=5,
+    ),
+}  # fmt: skip
+"""A small config of every network, with 5 training speakers at 8 kHz: the tests of the contract use it."""
 SPEAKERS = ("spk000", "spk001", "spk002", "spk003")
 
 

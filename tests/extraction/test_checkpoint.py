@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from tiny import SPEAKERS, TINY, save_tiny
+from tiny import SMALL_CONFIGS, SPEAKERS, TINY, save_tiny
 
 from onevoice.config import to_dict
 from onevoice.errors import CheckpointError, StorageError
@@ -32,15 +32,7 @@ from onevoice.extraction.checkpoint import (
     save_checkpoint,
     save_resume,
 )
-from onevoice.models import MODELS, BandSplitConfig, ModelConfig, Network, SpExPlus, SpExPlusConfig
-
-SMALL: dict[str, ModelConfig] = {
-    "spexplus": TINY,
-    "bandsplit": BandSplitConfig(
-        sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
-        attention_seconds=0.05, heads=2, key_dim=4, voice_vectors=3, num_classes=5,
-    ),
-}  # fmt: skip
+from onevoice.models import MODELS, Network, SpExPlus
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def with_card(**changes: Any) -> bytes:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_model_is_restored_bit_for_bit(tmp_path: Path, name: str) -> None:
-    config = SMALL[name]
+    config = SMALL_CONFIGS[name]
     network = MODELS[name]
     assert isinstance(config, network.config_class)
     model = network(config).eval()
@@ -264,5 +256,16 @@ def test_provenance_names_versions_and_commit() -> None:
 
 
 def test_small_configs_cover_every_network() -> None:
-    assert SMALL.keys() == MODELS.keys()
-    assert isinstance(SMALL["spexplus"], SpExPlusConfig)
+    assert SMALL_CONFIGS.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("levelled", [True, False, None])
+def test_the_level_fact_of_older_cards_becomes_a_field(tmp_path: Path, levelled: bool | None) -> None:
+    config = to_dict(TINY)
+    del config["has_level"]
+    facts = {} if levelled is None else {"levelled": levelled}
+    (tmp_path / "old.safetensors").write_bytes(with_card(config=config, facts=facts))
+    assert load_model(tmp_path / "old.safetensors")[1].config == dataclasses.replace(TINY, has_level=bool(levelled))
+    card = Card(dataclasses.replace(TINY, has_level=True), SPEAKERS, facts)
+    save_checkpoint(tmp_path / "new.safetensors", SpExPlus(TINY).state_dict(), card)
+    assert load_model(tmp_path / "new.safetensors")[1] == card

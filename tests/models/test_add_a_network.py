@@ -1,6 +1,7 @@
 """The example of docs/add_a_network.md, added to a copy of the package as the page says, trains and extracts."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,10 +19,15 @@ main(sys.argv[1:])
 """
 
 
+def blocks() -> list[str]:
+    """Return the code of the page: the file, the line in the table, and the small config for the tests."""
+    return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def add_the_network(folder: Path) -> None:
     """Copy the package to `folder`, and make the two changes of the page."""
     shutil.copytree(ROOT / "src" / "onevoice", folder / "onevoice", ignore=shutil.ignore_patterns("__pycache__"))
-    file, line = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    file, line, _ = blocks()
     models = folder / "onevoice" / "models"
     (models / "masker.py").write_text(file, encoding="utf-8")
     imported, _, table = line.strip().split("\n")
@@ -67,24 +73,17 @@ def test_the_example_trains_and_extracts(package: Path, tmp_path: Path) -> None:
     assert done.status == 0, done.err
 
 
-CONTRACT = """
-import torch
-from onevoice.models import MODELS
-
-torch.manual_seed(0)
-network = MODELS["masker"](MODELS["masker"].config_class(hop=8, hidden=12, speaker_dim=6, num_classes=3)).eval()
-audio, ref = torch.randn(1, 1001), torch.randn(1, 777)
-padded = {"audio": torch.randn(2, 1500), "ref": torch.randn(2, 1003), "audio_length": torch.tensor([1001, 1500]),
-          "ref_length": torch.tensor([777, 1003])}
-padded["audio"][0, :1001], padded["ref"][0, :777] = audio, ref
-with torch.no_grad():
-    alone, among = network({"audio": audio, "ref": ref}), network(padded)
-torch.testing.assert_close(among["predicted_audio"][0][:1, :1001], alone["predicted_audio"][0])
-torch.testing.assert_close(among["predicted_logits"][:1], alone["predicted_logits"])
-assert alone["predicted_audio"][0].std() > 0
-"""
-
-
 def test_the_example_keeps_the_contract(package: Path) -> None:
-    done = process(["-c", CONTRACT], PYTHONPATH=str(package))
-    assert done.status == 0, done.err
+    """The tests of the contract, with the small config of the page."""
+    tests = package / "tests"
+    tests.mkdir()
+    for name in ("models/test_models.py", "plain_spexplus.py"):
+        shutil.copy(ROOT / "tests" / name, tests)
+    text = (ROOT / "tests" / "tiny.py").read_text(encoding="utf-8")
+    changed = text.replace('= {\n    "spexplus": SpEx', f'= {{\n{blocks()[2]}    "spexplus": SpEx')
+    assert changed != text
+    (tests / "tiny.py").write_text(f"from onevoice.models.masker import MaskerConfig\n{changed}", encoding="utf-8")
+    options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", tests]
+    done = process(["-m", "pytest", *options, tests / "test_models.py", "-k", "masker"], PYTHONPATH=str(package))
+    assert done.status == 0, done.out
+    assert int(re.findall(r"(\d+) passed", done.out)[0]) >= 15

@@ -1,6 +1,7 @@
 """MultiLoss against its formula, and SI-SDR against signals with a known value and an outside implementation."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_si_sdr_agrees_with_torchmetrics() -> None:
     torch.testing.assert_close(si_sdr(estimate, target), oracle, atol=1e-4, rtol=0)
 
 
-def test_padding_counts_for_nothing() -> None:
+def test_padding_is_ignored() -> None:
     estimate, target = noise(2, 1000) + 0.5, noise(2, 1000, seed=1) + 0.5
     alone = si_sdr(estimate[:1, :600], target[:1, :600])
     padded = si_sdr(estimate, target, torch.tensor([600, 1000]))
@@ -63,7 +64,7 @@ def test_limited_si_sdr_follows_its_formula() -> None:
         torch.testing.assert_close(limited, expected, atol=1e-3, rtol=0)
 
 
-def test_items_without_their_target_are_pressed_below_the_mixture() -> None:
+def test_estimates_of_an_absent_target_are_suppressed() -> None:
     mixture = noise(2, 800, seed=4)
     for gain in (1.0, 0.1, 0.0):
         expected = torch.full((2,), -10 * math.log10(gain**2 + 0.001))
@@ -100,6 +101,35 @@ def test_the_formula_of_the_paper() -> None:
     torch.testing.assert_close(terms.si_sdr, short, atol=1e-4, rtol=0)
 
 
+def with_estimates(count: int) -> Prediction:
+    return {**prediction(), "predicted_audio": tuple(noise(3, 800, seed=k) for k in range(count))}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [({}, (1.0,)), ({"alpha": 0.3, "beta": 0.2}, (0.5, 0.3, 0.2)), ({"weights": (0.9, 0.4)}, (0.9, 0.4)),
+     ({"weights": (0.5,)}, (0.5,)), ({"weights": (0.4, 0.3, 0.2, 0.1)}, (0.4, 0.3, 0.2, 0.1))],
+)  # fmt: skip
+def test_every_estimate_has_its_weight(settings: dict[str, Any], weights: tuple[float, ...]) -> None:
+    predicted, target, unknown = with_estimates(len(weights)), noise(3, 800, seed=5), torch.full((3,), UNKNOWN_SPEAKER)
+    ratios = [si_sdr(estimate, target).mean() for estimate in predicted["predicted_audio"]]
+    expected = -sum(weight * ratio for weight, ratio in zip(weights, ratios, strict=True))
+    terms = MultiLoss(**settings)(predicted, target, unknown)
+    torch.testing.assert_close(terms.total, expected)
+    torch.testing.assert_close(terms.si_sdr, ratios[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "given"), [(2, None, "null"), (4, None, "null"), (3, (0.5, 0.5), "2 weights")]
+)
+def test_a_missing_weight_is_an_error(count: int, weights: tuple[float, ...] | None, given: str) -> None:
+    predicted, target = with_estimates(count), noise(3, 800, seed=5)
+    with pytest.raises(
+        ConfigError, match=rf"loss\.weights: the network gives {count} .* is {given}; set {count} weights"
+    ):
+        MultiLoss(weights=weights)(predicted, target, torch.zeros(3, dtype=torch.long))
+
+
 def test_the_level_is_the_distance_of_energies_in_db() -> None:
     target, weight = noise(3, 800, seed=5), 0.05
     louder = torch.tensor([2.0, 0.1, 1.0])[:, None] * target
@@ -109,10 +139,10 @@ def test_the_level_is_the_distance_of_energies_in_db() -> None:
     padded = level_error(junk, F.pad(target, (0, 10)), torch.full((3,), 800))
     torch.testing.assert_close(padded, expected, atol=1e-4, rtol=0)
     predicted, unknown = prediction(), torch.full((3,), UNKNOWN_SPEAKER)
-    plain, levelled = (MultiLoss(level=w)(predicted, target, unknown).total for w in (0.0, weight))
+    plain, with_level = (MultiLoss(level=w)(predicted, target, unknown).total for w in (0.0, weight))
     distances = [level_error(estimate, target).mean() for estimate in predicted["predicted_audio"]]
-    taken_off = weight * (0.8 * distances[0] + 0.1 * distances[1] + 0.1 * distances[2])
-    torch.testing.assert_close(levelled - plain, taken_off, atol=1e-5, rtol=1e-4)
+    penalty = weight * (0.8 * distances[0] + 0.1 * distances[1] + 0.1 * distances[2])
+    torch.testing.assert_close(with_level - plain, penalty, atol=1e-5, rtol=1e-4)
 
 
 def test_unknown_speakers_add_no_cross_entropy() -> None:
@@ -125,7 +155,15 @@ def test_unknown_speakers_add_no_cross_entropy() -> None:
     assert none.total.isfinite()
 
 
-@pytest.mark.parametrize(("change", "message"), [({"alpha": 0.6, "beta": 0.5}, "below 1"), ({"lambda": 1}, "'lambd'")])
-def test_wrong_weights(change: dict[str, float], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 0.6, "beta": 0.5}, "below 1"),
+        ({"lambda": 1}, "'lambd'"),
+        ({"weights": [0, 0]}, "weights: one must be above 0"),
+        ({"weights": [-0.1, 1]}, r"weights\.0: "),
+    ],
+)
+def test_wrong_weights(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(MultiLoss, change)

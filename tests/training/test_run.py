@@ -17,7 +17,7 @@ from voices import make_trials
 from onevoice.audio import write_audio
 from onevoice.config import from_dict
 from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
-from onevoice.extraction.checkpoint import load_checkpoint, load_pickled
+from onevoice.extraction.checkpoint import load_checkpoint, load_pickled, save_resume
 from onevoice.training.experiment import Experiment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
@@ -189,6 +189,19 @@ def test_resume_refuses_what_would_change_the_run(trials: Path, tmp_path: Path, 
     folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     with pytest.raises(CheckpointError, match=rf"other settings \({key.replace('__', '.')}\)"):
         train(experiment(trials, tmp_path, training__epochs=1, **{key: value}), resume=folder / "last.safetensors")
+
+
+def test_a_run_from_before_a_setting_existed_resumes(trials: Path, tmp_path: Path) -> None:
+    config = experiment(trials, tmp_path, training__epochs=1, loss__level=0.05)
+    last = train(config, echo=quiet) / "last.safetensors"
+    assert load_checkpoint(last)[1].config.has_level
+    content = load_pickled(last.with_suffix(".resume.pt"))
+    saved = json.loads(content["experiment"])
+    del saved["model"]["has_level"], saved["loss"]["weights"]
+    save_resume(last.with_suffix(".resume.pt"), {**content, "experiment": json.dumps(saved)})
+    train(config, resume=last, echo=quiet)
+    with pytest.raises(CheckpointError, match=r"other settings \(model\.has_level, loss\.level\)"):
+        train(experiment(trials, tmp_path, training__epochs=1), resume=last, echo=quiet)
 
 
 def test_resume_knows_the_data_wherever_they_lie(trials: Path, tmp_path: Path) -> None:
