@@ -175,6 +175,15 @@ def test_utterances_are_counted_at_every_threshold() -> None:
     assert metrics._max_utterances(noisy, 8000) == 48
 
 
+def test_utterances_are_counted_every_3_db() -> None:
+    """Half of the bursts lie just above a threshold and the pauses just below it, so no other threshold counts all."""
+    sign = np.where(np.arange(60 * 4000) % 2, 1.0, -1.0).reshape(60, 4000)
+    for below_peak_db in range(3, 42, 3):
+        level = np.full((60, 4000), below_peak_db + 0.5)
+        level[:, :2000] = np.where(np.arange(60) % 2, 0.0, below_peak_db - 0.5)[:, None]
+        assert metrics._max_utterances((sign * 10 ** (-level / 20)).ravel(), 8000) == 60
+
+
 def test_clicks_do_not_join_utterances() -> None:
     target = bursts(48, 0.25, 0.36).reshape(48, -1)
     target[:, 3360:3456] += 0.1  # 12 ms in the middle of a pause
@@ -188,6 +197,8 @@ def test_clicks_do_not_join_utterances() -> None:
         ("fast_bss_eval", "sdr", np.array([np.nan]), "SDR is not a number"),
         ("pesq", "pesq", np.nan, "PESQ refused: its result is not a number"),
         ("pesq", "pesq", RuntimeError(b"No utterances"), "PESQ refused: No utterances"),
+        ("pesq", "pesq", ValueError("too long"), "PESQ refused: too long"),
+        ("pesq", "pesq", RuntimeError(), "PESQ refused: "),
         ("pystoi", "stoi", np.nan, "STOI refused: its result is not a number"),
     ],
 )
@@ -254,6 +265,9 @@ def test_too_short_is_refused_and_not_scored_as_a_bad_value() -> None:
     values, refusals = metrics.compute_metrics(estimate[:500], target[:500], estimate[:500], 8000)
     assert {name for name, value in values.items() if value is None} == set(refusals)
     assert set(refusals) == {"sdr", "pesq", "stoi", "estoi"}
+    assert np.isfinite(metrics.sdr(estimate[4000:4512], target[4000:4512]))  # as long as the filter
+    with pytest.raises(MetricError, match="512 samples or more, not 511"):
+        metrics.sdr(estimate[4000:4511], target[4000:4511])
     half_second = slice(4000, 8000)
     assert 0 < metrics.stoi(estimate[half_second], target[half_second], 8000) < 1
     pauses = np.zeros_like(target)

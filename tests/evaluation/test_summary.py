@@ -261,7 +261,7 @@ def test_bootstrap_interval_follows_the_seed_and_the_standard_error() -> None:
     standard_error = values.std() / np.sqrt(400)
     assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.08)
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.1 * standard_error)
-    assert bootstrap_interval(values) == bootstrap_interval(values, derive_seed(0, "bootstrap"))
+    assert bootstrap_interval(values) == bootstrap_interval(values, derive_seed(0, "bootstrap"), 2000, 0.95)
     assert bootstrap_interval(np.array([2.5])) == (2.5, 2.5)
     with pytest.raises(ValueError, match="no values"):
         bootstrap_interval(np.array([]))

@@ -57,7 +57,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackedCorpus]:
 
 
 NOISE = NoiseStep(pack="", snr_db=(3.0, 12.0))
-REVERB = ReverbStep(pack="", early_seconds=0.01)
+REVERB = ReverbStep(pack="", early_seconds=0.025)
 CHANNEL = ChannelStep(probability=1.0, high_cut_hz=(2000, 3500))
 
 
@@ -205,6 +205,82 @@ def test_the_halves_of_a_single_utterance(packs: dict[str, PackedCorpus]) -> Non
     assert (ends == speech.length[target.utterance][~single]).any()
 
 
+def test_each_number_is_a_column_of_a_stream(packs: dict[str, PackedCorpus]) -> None:
+    """A plan, number by number, so that a seed keeps its trials: which column of which stream says what."""
+    speech, noises, rooms, index = packs["speech"], packs["noise"], packs["rooms"], np.arange(300)
+    plan = planner(
+        packs,
+        seed=3,
+        interferers=(1, 2),
+        absent=0.3,
+        noise=NOISE,
+        reverb=REVERB,
+        channel=replace(CHANNEL, probability=0.5),
+    ).draw(2, index)
+
+    def stream(name: str, count: int) -> list[list[float]]:
+        return uniform(3, "dynamic", name, 2, index=index, count=count).tolist()
+
+    def pick(pack: PackedCorpus, folder: int, draw: float) -> int:
+        choices = pack.utterances_of(folder)
+        return choices[int(draw * len(choices))]
+
+    crop, said, segment = stream("crop", 6), stream("utterance", 4), round(0.8 * RATE)
+    ref, third, noise, reverb = (
+        stream(*each) for each in (("enrollment", 3), ("absent", 4), ("noise", 5), ("reverb", 5))
+    )
+    voices = distinct_speakers(np.array(stream("speaker", 4)), speech.person_of_speaker)
+    np.testing.assert_array_equal(plan.speaker, np.where(plan.absent, voices[:, 3], voices[:, 0]))
+    for row in index:
+        for k, part in enumerate((plan.target, *plan.interferers)):
+            utterance = part.utterance[row]
+            assert speech.speaker[utterance] == voices[row, k]
+            choices, begin, end = speech.utterances_of(voices[row, k]), 0, speech.length[utterance]
+            if k == 0 and len(choices) == 1:
+                begin, end = (end // 2, end) if ref[row][2] < 0.5 else (0, end // 2)
+            assert utterance == choices[int(said[row][1 + k if k else 0] * len(choices))]
+            length = min(end - begin, segment)
+            assert part.length[row] == length
+            assert part.start[row] == begin + int(crop[row][2 * k] * (end - begin - length + 1))
+            assert part.position[row] == int(crop[row][2 * k + 1] * (segment - length + 1))
+        utterance, length = plan.enrollment.utterance[row], plan.enrollment.length[row]
+        begin, end = 0, speech.length[utterance]
+        size, where = ref[row][:2]
+        if plan.absent[row]:
+            assert utterance == pick(speech, plan.speaker[row], third[row][0])
+            size, where = third[row][1:3]
+        else:
+            choices = speech.utterances_of(plan.speaker[row])
+            first = int(said[row][0] * len(choices))
+            other = first + 1 + int(said[row][1] * max(len(choices) - 1, 1))
+            assert utterance == choices[other % len(choices)]
+            if len(choices) == 1:
+                begin, end = (0, end // 2) if ref[row][2] < 0.5 else (end // 2, end)
+        assert length == min(end - begin, int((0.5 + 1.5 * size) * RATE))
+        assert plan.enrollment.start[row] == begin + int(where * (end - begin - length + 1))
+        assert plan.enrollment.position[row] == 0
+        assert plan.noise.recording[row] == pick(noises, int(2 * noise[row][1]), noise[row][2])
+        assert plan.noise.start[row] == int(noise[row][3] * noises.length[plan.noise.recording[row]])
+        assert rooms.speaker[plan.rooms.responses[row, 0]] == int(2 * reverb[row][2])
+        assert plan.rooms.responses[row, 3] == pick(rooms, 1 - int(2 * reverb[row][2]), reverb[row][4])
+    for values, name, column, (low, high) in (
+        (plan.snr_db[:, 0], "snr", 0, MIXING.snr_db),
+        (plan.snr_db[:, 1], "snr", 1, MIXING.snr_db),
+        (plan.mixture_dbfs, "level", 0, MIXING.mixture_dbfs),
+        (plan.enrollment_dbfs, "level", 1, MIXING.enrollment_dbfs),
+        (plan.noise.snr_db, "noise", 4, NOISE.snr_db),
+        (plan.channel.low_cut_hz, "channel", 2, CHANNEL.low_cut_hz),
+        (plan.channel.high_cut_hz, "channel", 3, CHANNEL.high_cut_hz),
+        (plan.channel.tilt_db_per_octave, "channel", 4, CHANNEL.tilt_db_per_octave),
+    ):
+        np.testing.assert_allclose(values, low + (high - low) * np.array(stream(name, column + 1))[:, column])
+    for switch, name, column, share in (
+        (plan.absent, "kind", 0, 0.3),
+        (plan.channel.on, "channel", 0, 0.5),
+    ):
+        np.testing.assert_array_equal(switch, np.array(stream(name, column + 1))[:, column] < share)
+
+
 def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> None:
     speech = packs["speech"]
     plan = planner(packs, absent=0.2, alone=0.3, interferers=(1, 2)).draw(0, np.arange(4000))
@@ -246,7 +322,7 @@ def test_too_few_people(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
 def test_short_utterances_are_not_used(packs: dict[str, PackedCorpus]) -> None:
     """A minimum of 1 s drops the voice with 0.6 s, and 1.3 s the single utterance of 2.5 s: its halves are shorter."""
     speech = packs["speech"]
-    for minimum, gone in ((0.3, set()), (1.0, {"short"}), (1.3, {"short", "single"})):
+    for minimum, gone in ((0.3, set()), (0.6, set()), (1.0, {"short"}), (1.25, {"short"}), (1.3, {"short", "single"})):
         plan = planner(packs, min_utterance_seconds=minimum, absent=0.2).draw(0, np.arange(2000))
         used = {
             speech.speakers[speech.speaker[u]]
@@ -414,7 +490,7 @@ def test_fetching_by_slices_and_by_indices_is_the_same() -> None:
 
 
 def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus]) -> None:
-    """Against np.convolve: the target has the first 10 ms of the response, the mixture all of it."""
+    """Against np.convolve: the target has the first 25 ms of the response, the mixture all of it."""
     dry_planner, draw = planner(packs), planner(packs, reverb=REVERB, alone=1.0)
     plan = draw.draw(0, np.arange(12))
     sound = Renderer(draw)(plan)
@@ -427,11 +503,33 @@ def test_rooms_keep_the_target_aligned_and_early(packs: dict[str, PackedCorpus])
         )
         response = rooms.read(plan.rooms.responses[row, 0]).astype(float)
         response = response[np.abs(response).argmax() :]
-        early = response[: round(0.01 * RATE)]
+        early = response[: round(0.025 * RATE)]
         whole, wanted = np.convolve(dry, response)[: len(dry)], np.convolve(dry, early)[: len(dry)]
         scale = float(sound.audio[row].double() @ torch.from_numpy(whole)) / (whole @ whole)
         np.testing.assert_allclose(sound.audio[row].numpy(), scale * whole, atol=1e-4)
         np.testing.assert_allclose(sound.target[row].numpy(), scale * wanted, atol=1e-4)
+
+
+def test_interferers_sound_from_their_own_places_in_the_room(packs: dict[str, PackedCorpus]) -> None:
+    """Against np.convolve: each voice with its own response, and the SNR between the voices as they sound there."""
+    planned = planner(packs, reverb=REVERB, interferers=(2, 2))
+    plan = planned.draw(0, np.arange(8))
+    sound, rooms, speech = Renderer(planned)(plan), packs["rooms"], packs["speech"]
+    for row in range(8):
+        voices = []
+        for k, part in enumerate((plan.target, *plan.interferers)):
+            dry, length = np.zeros(planned.segment), part.length[row]
+            dry[part.position[row] :][:length] = speech.crop(part.utterance[row], part.start[row], length)
+            response = rooms.read(plan.rooms.responses[row, k]).astype(float)
+            voices.append(np.convolve(dry, response[np.abs(response).argmax() :])[: len(dry)])
+        target, *others = voices
+        ratios = 10 ** (plan.snr_db[row] / 10)
+        gains = [
+            np.sqrt(np.sum(target**2) / np.sum(other**2) / ratio) for other, ratio in zip(others, ratios, strict=True)
+        ]
+        mixture = target + sum(gain * other for gain, other in zip(gains, others, strict=True))
+        scale = float(sound.audio[row].double() @ torch.from_numpy(mixture)) / (mixture @ mixture)
+        np.testing.assert_allclose(sound.audio[row].numpy(), scale * mixture, atol=1e-4)
 
 
 def test_the_enrollment_has_its_own_room_and_no_tail(packs: dict[str, PackedCorpus]) -> None:

@@ -93,6 +93,8 @@ def test_equals_the_plain_law(corpus: Path, law: MixingLaw) -> None:
 def test_levels_of_a_rendered_trial(utterances: list[Path], full_length: bool, snr_db: float) -> None:
     law = dataclasses.replace(LAW, full_length=full_length, segment_seconds=1.0)
     trial = rendered(draw_of(*utterances, snr_db=snr_db), law)
+    places = [(mixed.segment, mixed.start) for mixed in trial.mixed]
+    assert places == ([(None, 0)] if full_length else [(number, number * RATE) for number in range(len(places))])
     meter = pyloudnorm.Meter(RATE)
     for mixed in trial.mixed:
         interferer = (mixed.mixture - mixed.target).astype(np.float64)
@@ -219,6 +221,7 @@ def test_short_and_broken_references_are_replaced(utterances: list[Path], tmp_pa
         (SILENT_FILE, silent),
         (UNREADABLE, broken),
     ]
+    assert trial.skipped[0].detail == "0.90 s"
     with pytest.raises(Unusable) as caught:
         rendered(draw_of(target, interferer, short, broken), LAW)
     assert [each.reason for each in caught.value.rejections] == [SHORT_REFERENCE, UNREADABLE]
@@ -284,11 +287,14 @@ def test_silent_utterances_are_refused(tmp_path: Path, samples: np.ndarray) -> N
 
 def test_inaudible_rumble_is_not_mixed() -> None:
     """A mixture that is silent only after K-weighting is skipped, not amplified until it clips."""
-    rumble = (0.001 * np.sin(2 * np.pi * 0.5 * np.arange(3 * RATE) / RATE)).astype(np.float32)
+    rumble = (0.001 * np.sin(2 * np.pi * 0.5 * np.arange(6 * RATE) / RATE)).astype(np.float32)
     utterance = LeveledUtterance(rumble, 0.0)
     with pytest.raises(Unusable) as caught:
         render_trial(draw_of(Path("t"), Path("i"), Path("r")), LAW, lambda _: utterance)
-    assert caught.value.rejections[0].reason == SILENT_SEGMENT
+    assert [(each.reason, each.detail) for each in caught.value.rejections] == [
+        (SILENT_SEGMENT, "at 0 s"),
+        (SILENT_SEGMENT, "at 3 s"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -305,3 +311,8 @@ def test_inaudible_rumble_is_not_mixed() -> None:
 def test_values_out_of_range(change: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         MixingLaw(**change)
+
+
+def test_the_lowest_values_are_allowed() -> None:
+    law = MixingLaw(sample_rate=1000, segment_seconds=0.1)
+    assert (law.sample_rate, law.segment_seconds) == (1000, 0.1)
