@@ -205,64 +205,76 @@ def test_the_halves_of_a_single_utterance(packs: dict[str, PackedCorpus]) -> Non
     assert (ends == speech.length[target.utterance][~single]).any()
 
 
-def test_each_number_is_a_column_of_a_stream(packs: dict[str, PackedCorpus]) -> None:
+def stream_of(name: str, count: int) -> np.ndarray:
+    """The numbers of a stream for the first 300 trials of epoch 2 with seed 3."""
+    return uniform(3, "dynamic", name, 2, index=np.arange(300), count=count)
+
+
+def pick(pack: PackedCorpus, folder: int, draw: float) -> int:
+    choices = pack.utterances_of(folder)
+    return choices[int(draw * len(choices))]
+
+
+@pytest.mark.parametrize("interferers", [1, 2])
+def test_each_voice_is_cut_by_its_own_columns_of_the_streams(packs: dict[str, PackedCorpus], interferers: int) -> None:
     """A plan, number by number, so that a seed keeps its trials: which column of which stream says what."""
-    speech, noises, rooms, index = packs["speech"], packs["noise"], packs["rooms"], np.arange(300)
-    plan = planner(
-        packs,
-        seed=3,
-        interferers=(1, 2),
-        absent=0.3,
-        noise=NOISE,
-        reverb=REVERB,
-        channel=replace(CHANNEL, probability=0.5),
-    ).draw(2, index)
-
-    def stream(name: str, count: int) -> list[list[float]]:
-        return uniform(3, "dynamic", name, 2, index=index, count=count).tolist()
-
-    def pick(pack: PackedCorpus, folder: int, draw: float) -> int:
-        choices = pack.utterances_of(folder)
-        return choices[int(draw * len(choices))]
-
-    crop, said, segment = stream("crop", 6), stream("utterance", 4), round(0.8 * RATE)
-    ref, third, noise, reverb = (
-        stream(*each) for each in (("enrollment", 3), ("absent", 4), ("noise", 5), ("reverb", 5))
-    )
-    voices = distinct_speakers(np.array(stream("speaker", 4)), speech.person_of_speaker)
-    np.testing.assert_array_equal(plan.speaker, np.where(plan.absent, voices[:, 3], voices[:, 0]))
-    for row in index:
+    speech, segment = packs["speech"], round(0.8 * RATE)
+    plan = planner(packs, seed=3, interferers=(1, interferers)).draw(2, np.arange(300))
+    crop, said, halves = stream_of("crop", 6), stream_of("utterance", 4), stream_of("enrollment", 3)[:, 2]
+    voices = distinct_speakers(stream_of("speaker", 3), speech.person_of_speaker)
+    np.testing.assert_array_equal(plan.speaker, voices[:, 0])
+    for row in range(300):
         for k, part in enumerate((plan.target, *plan.interferers)):
-            utterance = part.utterance[row]
-            assert speech.speaker[utterance] == voices[row, k]
-            choices, begin, end = speech.utterances_of(voices[row, k]), 0, speech.length[utterance]
-            if k == 0 and len(choices) == 1:
-                begin, end = (end // 2, end) if ref[row][2] < 0.5 else (0, end // 2)
-            assert utterance == choices[int(said[row][1 + k if k else 0] * len(choices))]
+            begin, end = 0, speech.length[part.utterance[row]]
+            if k == 0 and len(speech.utterances_of(voices[row, 0])) == 1:
+                begin, end = (end // 2, end) if halves[row] < 0.5 else (0, end // 2)
             length = min(end - begin, segment)
+            # Column 1 of the utterances is the enrollment's.
+            assert part.utterance[row] == pick(speech, voices[row, k], said[row, 1 + k if k else 0])
             assert part.length[row] == length
-            assert part.start[row] == begin + int(crop[row][2 * k] * (end - begin - length + 1))
-            assert part.position[row] == int(crop[row][2 * k + 1] * (segment - length + 1))
-        utterance, length = plan.enrollment.utterance[row], plan.enrollment.length[row]
+            assert part.start[row] == begin + int(crop[row, 2 * k] * (end - begin - length + 1))
+            assert part.position[row] == int(crop[row, 2 * k + 1] * (segment - length + 1))
+
+
+def test_each_enrollment_is_cut_by_its_own_columns_of_the_streams(packs: dict[str, PackedCorpus]) -> None:
+    speech = packs["speech"]
+    plan = planner(packs, seed=3, absent=0.3).draw(2, np.arange(300))
+    said, own, third = stream_of("utterance", 2), stream_of("enrollment", 3), stream_of("absent", 3)
+    voices = distinct_speakers(stream_of("speaker", 3), speech.person_of_speaker)
+    np.testing.assert_array_equal(plan.absent, stream_of("kind", 1)[:, 0] < 0.3)
+    np.testing.assert_array_equal(plan.speaker, np.where(plan.absent, voices[:, 2], voices[:, 0]))
+    for row in range(300):
+        utterance, start, length, position = (values[row] for values in plan.enrollment)
         begin, end = 0, speech.length[utterance]
-        size, where = ref[row][:2]
         if plan.absent[row]:
-            assert utterance == pick(speech, plan.speaker[row], third[row][0])
-            size, where = third[row][1:3]
+            assert utterance == pick(speech, plan.speaker[row], third[row, 0])
+            size, where = third[row, 1:]
         else:
+            size, where, half = own[row]
             choices = speech.utterances_of(plan.speaker[row])
-            first = int(said[row][0] * len(choices))
-            other = first + 1 + int(said[row][1] * max(len(choices) - 1, 1))
-            assert utterance == choices[other % len(choices)]
+            step = 1 + int(said[row, 1] * max(len(choices) - 1, 1))
+            assert utterance == choices[(int(said[row, 0] * len(choices)) + step) % len(choices)]
             if len(choices) == 1:
-                begin, end = (0, end // 2) if ref[row][2] < 0.5 else (end // 2, end)
+                begin, end = (0, end // 2) if half < 0.5 else (end // 2, end)
         assert length == min(end - begin, int((0.5 + 1.5 * size) * RATE))
-        assert plan.enrollment.start[row] == begin + int(where * (end - begin - length + 1))
-        assert plan.enrollment.position[row] == 0
-        assert plan.noise.recording[row] == pick(noises, int(2 * noise[row][1]), noise[row][2])
-        assert plan.noise.start[row] == int(noise[row][3] * noises.length[plan.noise.recording[row]])
-        assert rooms.speaker[plan.rooms.responses[row, 0]] == int(2 * reverb[row][2])
-        assert plan.rooms.responses[row, 3] == pick(rooms, 1 - int(2 * reverb[row][2]), reverb[row][4])
+        assert start == begin + int(where * (end - begin - length + 1))
+        assert position == 0
+
+
+def test_levels_noise_rooms_and_channels_have_their_own_columns_of_the_streams(packs: dict[str, PackedCorpus]) -> None:
+    noises, rooms = packs["noise"], packs["rooms"]
+    channel = replace(CHANNEL, probability=0.5)
+    plan = planner(packs, seed=3, interferers=(1, 2), noise=NOISE, reverb=REVERB, channel=channel).draw(
+        2, np.arange(300)
+    )
+    noise, reverb = stream_of("noise", 5), stream_of("reverb", 5)
+    for row in range(300):
+        recording, responses = plan.noise.recording[row], plan.rooms.responses[row]
+        assert recording == pick(noises, int(2 * noise[row, 1]), noise[row, 2])
+        assert plan.noise.start[row] == int(noise[row, 3] * noises.length[recording])
+        room = int(2 * reverb[row, 2])
+        assert rooms.speaker[responses[0]] == room
+        assert responses[-1] == pick(rooms, 1 - room, reverb[row, 4])
     for values, name, column, (low, high) in (
         (plan.snr_db[:, 0], "snr", 0, MIXING.snr_db),
         (plan.snr_db[:, 1], "snr", 1, MIXING.snr_db),
@@ -273,12 +285,8 @@ def test_each_number_is_a_column_of_a_stream(packs: dict[str, PackedCorpus]) -> 
         (plan.channel.high_cut_hz, "channel", 3, CHANNEL.high_cut_hz),
         (plan.channel.tilt_db_per_octave, "channel", 4, CHANNEL.tilt_db_per_octave),
     ):
-        np.testing.assert_allclose(values, low + (high - low) * np.array(stream(name, column + 1))[:, column])
-    for switch, name, column, share in (
-        (plan.absent, "kind", 0, 0.3),
-        (plan.channel.on, "channel", 0, 0.5),
-    ):
-        np.testing.assert_array_equal(switch, np.array(stream(name, column + 1))[:, column] < share)
+        np.testing.assert_allclose(values, low + (high - low) * stream_of(name, 5)[:, column])
+    np.testing.assert_array_equal(plan.channel.on, stream_of("channel", 1)[:, 0] < 0.5)
 
 
 def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> None:

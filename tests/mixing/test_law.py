@@ -164,6 +164,7 @@ def test_the_shared_gain_avoids_clipping() -> None:
     quiet_gain, quiet_limited = shared_gain(steady, np.float32(100) * steady, RATE)
     assert quiet_limited
     assert quiet_gain * 100 * np.abs(steady).max() == pytest.approx(0.99)
+    assert shared_gain(0 * steady, steady, RATE) == (np.inf, False)
 
 
 @pytest.mark.parametrize(("lengths", "count"), [((8, 8), 2), ((11, 20), 2), ((12, 100), 3), ((3, 9), 0), ((4, 4), 1)])
