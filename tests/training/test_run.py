@@ -252,7 +252,7 @@ def test_validation_scores_trials_whose_target_speaks(trials: Path, tmp_path: Pa
     assert with_absent == pytest.approx(trainer.validate(), abs=1e-4)
     for path in (tmp_path / "some").glob("*-target.wav"):
         write_audio(path, np.zeros(8000, np.float32), 8000)
-    with pytest.raises(CorpusError, match="the target speaks in none"):
+    with pytest.raises(CorpusError, match="every target is silent"):
         trainer.validate()
 
 
