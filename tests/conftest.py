@@ -13,7 +13,7 @@ hook.__enter__()
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from voices import make_corpus  # noqa: E402
+from voices import make_corpus, make_trials  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
 SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
@@ -23,3 +23,9 @@ SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four toy speakers with four utterances of 4 s at 8 kHz, in the layout of LibriSpeech."""
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 toy trials of 1 s with four speakers."""
+    return make_trials(tmp_path_factory.mktemp("trials"), 24)

@@ -1,6 +1,5 @@
-"""A network of a few thousand weights, its checkpoint, its experiment, and commands run in this process."""
+"""A network of a few thousand weights, its checkpoint, and commands run in this process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from onevoice.cli import main
-from onevoice.config import to_dict
 from onevoice.extraction.checkpoint import Card, save_checkpoint
 from onevoice.models import BandSplitConfig, ModelConfig, SpExPlus, SpExPlusConfig
 
@@ -39,27 +37,6 @@ def save_tiny(path: Path, config: SpExPlusConfig = TINY) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_checkpoint(path, SpExPlus(config).state_dict(), Card(config, SPEAKERS, {"step": 3}))
-    return path
-
-
-def write_experiment(path: Path, trials: Path, **changes: Any) -> Path:
-    """Write an experiment of two epochs of two steps; `training={...}` changes keys of a section."""
-    values: dict[str, Any] = {
-        "name": "toy",
-        "runs_folder": str(path.parent / "runs"),
-        "model": {**to_dict(TINY), "num_classes": 0},
-        "data": {
-            "train": {"folder": str(trials), "segment_seconds": 0.5, "enrollment_seconds": 1.0},
-            "validation": {"folder": str(trials), "limit": 2},
-            "batch_size": 4,
-            "workers": 0,
-        },
-        "training": {"epochs": 2, "log_every_steps": 1, "device": "cpu"},
-        "tracking": {"audio_examples": 1},
-    }
-    for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
-    path.write_text(json.dumps(values))
     return path
 
 

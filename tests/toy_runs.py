@@ -1,32 +1,31 @@
 """Experiments of a few steps on toy voices, in this process and in one of their own."""
 
+import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tiny import ROOT
+from tiny import TINY
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from onevoice.config import from_dict
+from onevoice.cli import main
+from onevoice.config import from_dict, to_dict
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.training.experiment import Experiment
 
-MODEL = {
-    "name": "spexplus", "sample_rate": 8000, "window_seconds": [0.005, 0.01, 0.02], "filters": 24, "channels": 16,
-    "hidden": 32, "blocks": 3, "stacks": 2, "speaker_dim": 16, "num_classes": 0,
-}  # fmt: skip
-
 
 def settings(trials: Path, runs: Path, **changes: Any) -> dict[str, Any]:
-    """A tiny experiment; `training__epochs=3` sets a key of a section."""
+    """An experiment with a tiny network and two epochs; `training__epochs=3` sets a key of a section."""
     values: dict[str, Any] = {
         "name": "toy",
         "runs_folder": str(runs),
-        "model": dict(MODEL),
+        "model": {**to_dict(TINY), "num_classes": 0},
         "data": {
             "train": {"folder": str(trials), "segment_seconds": 0.5, "enrollment_seconds": 1.0},
             "validation": {"folder": str(trials), "limit": 3},
@@ -50,24 +49,75 @@ def experiment(trials: Path, runs: Path, **changes: Any) -> Experiment:
     return from_dict(Experiment, settings(trials, runs, **changes))
 
 
-def start(arguments: Sequence[object], *launcher: str, script: Path = ROOT / "train.py") -> "subprocess.Popen[str]":
-    """Start `train.py ARGUMENTS` or another script, by `launcher` where one is given, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+def write_experiment(path: Path, trials: Path, **changes: Any) -> Path:
+    """Write the experiment to a file; its runs go to the folder `runs` beside the file."""
+    path.write_text(json.dumps(settings(trials, path.parent / "runs", **changes)))
+    return path
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "onevoice.cli.training", "onevoice.training.run", "torch._dynamo"])
+PATIENCE = 300.0
+"""Seconds that a process may take; far more than it needs, for machines under load."""
+
+
+class Child(NamedTuple):
+    """A process that a test has started, and the file with what it prints."""
+
+    process: Any
+    output: Path
+
+    def finish(self) -> str:
+        """Wait for the process to end with status 0, and return what it printed; kill its group if it does not end."""
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        printed = self.output.read_text()
+        assert self.process.exitcode == 0, printed
+        return printed
+
+    def wait_for_lines(self, path: Path, count: int) -> None:
+        """Wait until a file has so many lines."""
+        end = time.monotonic() + PATIENCE
+        while count_lines(path) < count:
+            assert self.process.exitcode is None, self.output.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+
+def start(output: Path, work: Callable[..., None], *arguments: object) -> Child:
+    """Start `work(*arguments)` in a process group of its own.
+
+    The process is forked from a server that has imported the package, so that it does not spend seconds on that.
+    """
+    process = SERVER.Process(target=_lead_group, args=(output, work, *arguments))
+    process.start()
+    return Child(process, output)
+
+
+def _lead_group(output: Path, work: Callable[..., None], *arguments: object) -> None:
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # the server sets its own; data readers belong to this group
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
+    stream = output.open("ab", buffering=0)
+    for number in (1, 2):
+        os.dup2(stream.fileno(), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    work(*arguments)
+
+
+def run_command(*arguments: object) -> None:
+    """Run `onevoice ARGUMENTS`."""
+    main([str(argument) for argument in arguments])
+
+
+def run_group(work: Callable[..., None], *arguments: object, restarts: int = 0) -> None:
+    """Run `work(*arguments)` in two processes of a group, as `torchrun --nproc-per-node 2` does."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=restarts, start_method="fork", monitor_interval=0.05,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(os.getpid()),
     )  # fmt: skip
-
-
-def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
-    """Wait for a process to end well, and return what it said; end it with its group when it does not."""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    return output
+    elastic_launch(config, work)(*arguments)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,5 +136,5 @@ def quiet(line: str) -> None:
     """Take the place of `print`."""
 
 
-def lines_of(path: Path) -> int:
+def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -17,7 +17,8 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import save_file
-from tiny import ROOT, TINY, Outcome, command, process, save_tiny, write_experiment
+from tiny import ROOT, TINY, Outcome, command, process, save_tiny
+from toy_runs import write_experiment
 from voices import Voice, make_corpus, make_trials
 
 from onevoice.audio import write_audio

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ROOT, Outcome, command, process, save_tiny, write_experiment
+from tiny import ROOT, Outcome, command, process, save_tiny
+from toy_runs import write_experiment
 from voices import make_trials
 
 from onevoice.audio import read_audio

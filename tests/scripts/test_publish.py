@@ -12,7 +12,8 @@ import numpy as np
 import publish
 import pytest
 import torch
-from tiny import ROOT, SPEAKERS, TINY, command, process, save_tiny, write_experiment
+from tiny import ROOT, SPEAKERS, TINY, command, process, save_tiny
+from toy_runs import write_experiment
 from voices import make_trials
 
 from onevoice.audio import read_audio

@@ -1,27 +1,27 @@
 """Many processes: the same steps as one, the same files as one, and a restart when one is lost."""
 
 import json
+import math
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from toy_runs import equal, experiment, finish, lines_of, quiet, settings, start, weights
-from voices import make_trials
+from toy_runs import equal, experiment, quiet, run_command, run_group, start, weights, write_experiment
 
+from onevoice.config import load_config
 from onevoice.errors import ConfigError
 from onevoice.extraction.checkpoint import load_pickled
-from onevoice.training.distributed import Group, group_from_environment
+from onevoice.training.distributed import Group, group_from_environment, open_group
+from onevoice.training.experiment import Experiment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
 from onevoice.trials.reading import share_of_batch
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CHANGES: dict[str, Any] = {
     "scheduler": {"name": "constant"},
     "training__epochs": 2,
@@ -31,11 +31,6 @@ CHANGES: dict[str, Any] = {
     "data__validation__limit": 5,
 }
 """With batches of unequal lengths shared by 2 processes in 2 parts each; enrollments are of several lengths."""
-
-
-@pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trials(tmp_path_factory.mktemp("trials"), 24)
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> bool:
@@ -50,14 +45,13 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], toleranc
 @pytest.fixture(scope="module")
 def undisturbed(trials: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes."""
-    runs = tmp_path_factory.mktemp("runs")
-    (runs / "two.json").write_text(json.dumps(settings(trials, runs, name="two", **CHANGES)))
-    process = start(["--c", runs / "two.json"], *TORCHRUN)
-    output = finish(process)
-    assert output.count("validation SI-SDR") == 2  # said by one of them
+    folder = tmp_path_factory.mktemp("two")
+    config = write_experiment(folder / "two.json", trials, name="two", **CHANGES)
+    output = start(folder / "output", run_group, run_command, "train", "--c", config).finish()
+    assert output.count("validation SI-SDR") == 2  # printed by one of them
     assert output.count("run folder:") == 1
     assert "Warning" not in output
-    return runs / "two"
+    return folder / "runs" / "two"
 
 
 def assert_same_log(one: Path, other: Path, tolerance: float) -> None:
@@ -96,72 +90,54 @@ def test_another_number_of_processes_goes_on(trials: Path, undisturbed: Path, tm
     assert [row["step"] for row in read_rows(moved / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
+def train_as_rank(folder: Path, config: Path) -> None:
+    """Train in one process of a group, after leaving its number in a file."""
+    (folder / f"{os.environ['RANK']}.{os.environ['TORCHELASTIC_RESTART_COUNT']}").write_text(str(os.getpid()))
+    run_command("train", "--c", config)
+
+
+def run_group_with_restart(folder: Path, config: Path) -> None:
+    run_group(train_as_rank, folder, config, restarts=1)
+
+
 def test_a_lost_process_is_replaced(trials: Path, undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL for the second process in the second epoch: the group starts again from the checkpoint by itself."""
     changes = {**CHANGES, "training__save_every_steps": 1}
-    (tmp_path / "two.json").write_text(json.dumps(settings(trials, tmp_path, name="two", **changes)))
-    process = start(["--c", tmp_path / "two.json"], *TORCHRUN, "--max-restarts", "1")
-    log, patience = tmp_path / "two" / "metrics.jsonl", time.monotonic() + 120
-    while lines_of(log) < 5:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < patience
-        time.sleep(0.001)
-    os.kill(second_process(process.pid), signal.SIGKILL)
-    output = finish(process)
-    assert f"resumed {tmp_path}/two/last.resume.pt" in output
-    assert equal(weights(tmp_path / "two"), weights(undisturbed))
-    saved = [load_pickled(folder / "last.resume.pt")["model"] for folder in (tmp_path / "two", undisturbed)]
+    config = write_experiment(tmp_path / "two.json", trials, name="two", **changes)
+    folder = tmp_path / "runs" / "two"
+    child = start(tmp_path / "output", run_group_with_restart, tmp_path, config)
+    child.wait_for_lines(folder / "metrics.jsonl", 5)
+    os.kill(int((tmp_path / "1.0").read_text()), signal.SIGKILL)
+    output = child.finish()
+    assert f"resumed {folder}/last.resume.pt" in output
+    assert (tmp_path / "1.1").exists()
+    assert equal(weights(folder), weights(undisturbed))
+    saved = [load_pickled(run / "last.resume.pt")["model"] for run in (folder, undisturbed)]
     assert equal(*saved)
 
 
-POISON = """
-import json, math, sys
-from pathlib import Path
-from onevoice.config import load_config
-from onevoice.training.distributed import open_group
-from onevoice.training.experiment import Experiment
-from onevoice.training.run import Trainer
-
-with open_group("cpu") as group:
-    trainer = Trainer(load_config(Experiment, sys.argv[1]), lambda line: None, group)
-    first, second, third = trainer.source.batches(0, 0, 3)
-    trainer.learner.step(first)
-    before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
-    trainer.learner.step({**second, "audio": second["audio"] * math.nan} if group.rank == 1 else second)
-    after = trainer.state.model.state_dict()
-    kept = all(value.equal(after[name]) for name, value in before.items())
-    skipped = trainer.state.progress.skipped_in_a_row
-    finite = trainer.learner.step(third).total.isfinite().item()
-    found = [kept, skipped, finite, trainer.state.progress.skipped_steps]
-    Path(sys.argv[2], f"rank{group.rank}.json").write_text(json.dumps(found))
-    trainer.learner.leave_group()
-"""
+def poison(config: Path, out: Path) -> None:
+    """Take a good step, a step that is not finite in the second process, and a good one; record what happened."""
+    with open_group("cpu") as group:
+        trainer = Trainer(load_config(Experiment, config), quiet, group)
+        first, second, third = trainer.source.batches(0, 0, 3)
+        trainer.learner.step(first)
+        before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+        trainer.learner.step({**second, "audio": second["audio"] * math.nan} if group.rank == 1 else second)
+        after = trainer.state.model.state_dict()
+        kept = all(value.equal(after[name]) for name, value in before.items())
+        skipped = trainer.state.progress.skipped_in_a_row
+        finite = trainer.learner.step(third).total.isfinite().item()
+        found = [kept, skipped, finite, trainer.state.progress.skipped_steps]
+        (out / f"rank{group.rank}.json").write_text(json.dumps(found))
+        trainer.learner.leave_group()
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(trials: Path, tmp_path: Path) -> None:
-    (tmp_path / "toy.json").write_text(json.dumps(settings(trials, tmp_path, **CHANGES)))
-    (tmp_path / "poison.py").write_text(POISON)
-    finish(start([tmp_path / "toy.json", tmp_path], *TORCHRUN, script=tmp_path / "poison.py"))
+    config = write_experiment(tmp_path / "toy.json", trials, **CHANGES)
+    start(tmp_path / "output", run_group, poison, config, tmp_path).finish()
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [True, 1, True, 1]
-
-
-def second_process(launcher: int) -> int:
-    """Return the number of the process that torchrun has started as RANK 1."""
-    (found,) = (
-        int(path.name)
-        for path in Path("/proc").glob("[0-9]*")
-        if int(path.name) in children(launcher) and b"\0RANK=1\0" in (path / "environ").read_bytes()
-    )
-    return found
-
-
-def children(parent: int) -> set[int]:
-    return {
-        int(number)
-        for task in Path(f"/proc/{parent}/task").iterdir()
-        for number in (task / "children").read_text().split()
-    }
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

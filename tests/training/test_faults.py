@@ -1,20 +1,17 @@
 """What befalls a run: a signal, a full disk, a lost data reader."""
 
-import json
 import math
 import multiprocessing
 import os
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy_runs import equal, experiment, finish, lines_of, quiet, rows_without_time, settings, start, weights
-from voices import make_trials
+from toy_runs import equal, experiment, quiet, rows_without_time, run_command, start, weights, write_experiment
 
 from onevoice.errors import StorageError, TrainingError
 from onevoice.models.base import missing_for_compiling
@@ -24,41 +21,27 @@ from onevoice.training.step import Learner
 from onevoice.training.tracking import read_rows
 
 
-@pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trials(tmp_path_factory.mktemp("trials"), 24)
-
-
-def wait_for(path: Path, lines: int, process: Any) -> None:
-    """Wait until a file has so many lines; a minute is far more than it takes."""
-    patience = time.monotonic() + 60
-    while lines_of(path) < lines:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < patience
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_at_a_checkpoint(trials: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_a_run_at_a_checkpoint(
+    trials: Path, finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """Sent to the whole process group, data readers and all, as a batch system and a terminal do."""
-    changes = {"training__epochs": 2, "training__save_every_steps": 1000}
-    config = tmp_path / "toy.json"
-    config.write_text(json.dumps(settings(trials, tmp_path, name="stopped", data__workers=1, **changes)))
-    process = start(["--c", config])
-    folder = tmp_path / "stopped"
-    wait_for(folder / "metrics.jsonl", 2, process)
-    os.killpg(process.pid, number)
-    output = finish(process, 30)
+    changes = {"training__save_every_steps": 1000}
+    config = write_experiment(tmp_path / "toy.json", trials, name="stopped", data__workers=1, **changes)
+    child = start(tmp_path / "output", run_command, "train", "--c", config)
+    folder = tmp_path / "runs" / "stopped"
+    child.wait_for_lines(folder / "metrics.jsonl", 2)
+    os.killpg(child.process.pid, number)
+    output = child.finish()
     assert f"stopped by {number.name} at step " in output
     assert f"; resume with --r {folder}/last.safetensors\n" in output
     assert "Traceback" not in output
-    train(experiment(trials, tmp_path, name="stopped", **changes), resume=folder / "last.safetensors", echo=quiet)
-    whole = train(experiment(trials, tmp_path, name="whole", **changes), echo=quiet)
-    assert equal(weights(folder), weights(whole))
+    stopped = experiment(trials, tmp_path, name="stopped", **changes)
+    train(stopped, resume=folder / "last.safetensors", echo=quiet)
+    assert equal(weights(folder), weights(finished))
 
 
-def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, tmp_path: Path) -> None:
-    whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
+def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, finished: Path, tmp_path: Path) -> None:
     config, lines, asked = experiment(trials, tmp_path, name="stopped"), list[str](), StopRequest()
     trainer = Trainer(config, lines.append)
     held = trainer.validation_trials
@@ -74,13 +57,15 @@ def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, tmp_path
     assert lines == [f"stopped by SIGTERM at step 6; resume with --r {folder}/last.safetensors"]
     assert not (folder / "best.safetensors").exists()
     train(config, resume=folder / "last.safetensors", echo=quiet)
-    assert equal(weights(folder), weights(whole))
-    logs = [rows_without_time(read_rows(path / "metrics.jsonl")) for path in (folder, whole)]
+    assert equal(weights(folder), weights(finished))
+    logs = [rows_without_time(read_rows(path / "metrics.jsonl")) for path in (folder, finished)]
     assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_killed_data_reader(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
+def test_a_killed_data_reader(
+    trials: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
     config = experiment(trials, tmp_path, data__workers=1, training__save_every_steps=2 if saved else 1000)
     killed: list[int] = []
     others = set(multiprocessing.active_children())  # of earlier tests
@@ -102,8 +87,7 @@ def test_a_killed_data_reader(trials: Path, tmp_path: Path, monkeypatch: pytest.
     assert str(caught.value).endswith(f"; resume with --r {last}" if saved else "; start again")
     assert "\n" not in str(caught.value)
     again = train(config, resume=last if saved else None, echo=quiet)
-    whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
-    assert equal(weights(again), weights(whole))
+    assert equal(weights(again), weights(finished))
 
 
 def test_without_a_compiler_training_goes_on(
@@ -131,7 +115,7 @@ def test_a_failed_compiler_is_named(trials: Path, tmp_path: Path, monkeypatch: p
         train(experiment(trials, tmp_path, name="failing"), echo=quiet)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(trials: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(trials: Path, finished: Path, tmp_path: Path) -> None:
     """The file of the next checkpoint is the one that cannot be written: it grows no further than its first half."""
     config = experiment(trials, tmp_path, training__save_every_steps=1, data__workers=0)
     trainer = Trainer(config, quiet)
@@ -148,4 +132,4 @@ def test_a_full_disk_leaves_the_checkpoint_before(trials: Path, tmp_path: Path) 
     assert {path.name: path.read_bytes() for path in folder.glob("last.*")} == before
     assert not list(folder.glob(".*.part"))
     train(config, resume=trainer.last, echo=quiet)
-    assert equal(weights(folder), weights(train(experiment(trials, tmp_path, name="whole"), echo=quiet)))
+    assert equal(weights(folder), weights(finished))

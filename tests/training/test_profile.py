@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, command, write_experiment
+from tiny import TINY, command
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from toy_runs import experiment
-from voices import make_trials
+from toy_runs import experiment, write_experiment
 
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.models import SpExPlus, SpExPlusConfig
@@ -25,15 +24,13 @@ from onevoice.training.run import train
 from onevoice.training.step import Learner
 
 
-@pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trials(tmp_path_factory.mktemp("trials"), 8)
-
-
 @pytest.fixture
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the machine by small products."""
     monkeypatch.setattr("onevoice.training.profile.measure_ceilings", partial(measure_ceilings, size=128))
+
+
+SHORT = {"training__steps_per_epoch": 1}
 
 
 def quiet(line: str) -> None: ...
@@ -74,12 +71,11 @@ def test_cost_grows_with_the_batch_and_halves_in_half_precision() -> None:
     config = replace(TINY, channels=64, hidden=128, blocks=4)  # blocks outweigh encoders, as in a network of use
     full, half = CostCounter(config), CostCounter(config, torch.bfloat16)
     one, two = ({"audio": (size, 8000), "ref": (size, 8000)} for size in (100, 200))
-    assert full(two).flops == 2 * full(one).flops == 2 * half(one).flops
-    assert full(two).operator_bytes == pytest.approx(2 * full(one).operator_bytes, rel=0.01)
-    assert (
-        0.5 < half(one).product_bytes / full(one).product_bytes < 0.65
-    )  # the windows of the encoders overlap in memory
-    assert full(one).product_bytes < full(one).operator_bytes / 3
+    cost, double, low = full(one), full(two), half(one)
+    assert double.flops == 2 * cost.flops == 2 * low.flops
+    assert double.operator_bytes == pytest.approx(2 * cost.operator_bytes, rel=0.01)
+    assert 0.5 < low.product_bytes / cost.product_bytes < 0.65  # the windows of the encoders overlap in memory
+    assert cost.product_bytes < cost.operator_bytes / 3
 
 
 def test_traffic_is_inputs_and_outputs_and_views_are_free() -> None:
@@ -162,6 +158,7 @@ def test_waiting_for_data_is_told_from_the_step(trials: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(TrialSource, "batches", slow_batches)
     monkeypatch.setattr(Learner, "step", slow_step)
+    monkeypatch.setattr("onevoice.training.profile._trace", lambda *_: [])
     result = profile_training(experiment(trials, tmp_path), 5, echo=quiet, clock=clock)
     assert (result.wait_seconds, result.step_seconds) == ([3] * 5, [4] * 5)
     figures = result.figures()
@@ -195,14 +192,16 @@ def test_a_profile_has_its_files_and_leaves_the_run_as_it_was(trials: Path, tmp_
     longest = sorted(result.operators, key=lambda each: each.seconds)[:-3:-1]
     assert [row.rsplit("  ")[-1].removesuffix(" *") for row in rows[1:3]] == [each.name for each in longest]
     assert rows[3] == ""
-    after, fresh = (train(experiment(trials, tmp_path / name), echo=quiet) for name in ("one", "two"))
+    after, fresh = (
+        train(experiment(trials, tmp_path / name, training__steps_per_epoch=1), echo=quiet) for name in ("one", "two")
+    )
     weights = [load_checkpoint(run / "last.safetensors")[0] for run in (after, fresh)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("steps", [0, -3, "x"])
 def test_bad_numbers_of_steps(trials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: object) -> None:
-    config = write_experiment(tmp_path / "toy.json", trials)
+    config = write_experiment(tmp_path / "toy.json", trials, **SHORT)
     done = command(capsys, "train", "--c", config, "--profile", steps)
     assert (done.status, done.out, len(done.err.splitlines())) == (2, "", 1)
     assert "--profile" in done.err
@@ -213,8 +212,11 @@ def test_bad_numbers_of_steps(trials: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_trained_run_can_be_profiled(trials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_experiment(tmp_path / "toy.json", trials)
+def test_a_trained_run_can_be_profiled(
+    trials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onevoice.training.profile._trace", lambda *_: [])
+    config = write_experiment(tmp_path / "toy.json", trials, **SHORT)
     command(capsys, "train", "--c", config)
     last = tmp_path / "runs" / "toy" / "last.safetensors"
     before = last.read_bytes()

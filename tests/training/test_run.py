@@ -4,14 +4,23 @@ import json
 import math
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from toy_runs import equal, experiment, quiet, rows_without_time, settings, start, weights
+from toy_runs import (
+    equal,
+    experiment,
+    quiet,
+    rows_without_time,
+    run_command,
+    settings,
+    start,
+    weights,
+    write_experiment,
+)
 from voices import make_trials
 
 from onevoice.audio import write_audio
@@ -23,14 +32,8 @@ from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
 
 
-@pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trials(tmp_path_factory.mktemp("trials"), 24)
-
-
-def test_a_run_leaves_what_the_docs_promise(trials: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    folder = train(experiment(trials, tmp_path), echo=lines.append)
+def test_a_run_leaves_what_the_docs_promise(finished: Path) -> None:
+    folder = finished
     assert {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "last.resume.pt", "samples"} <= {
         path.name for path in folder.iterdir()
     }
@@ -51,12 +54,14 @@ def test_a_run_leaves_what_the_docs_promise(trials: Path, tmp_path: Path) -> Non
 
 def test_a_tiny_model_learns_toy_voices(tmp_path: Path) -> None:
     """Mean SI-SDRi above 3 dB on new utterances of the training voices, from 0 dB for the mixture."""
-    make_trials(tmp_path / "train", 192, speakers=2, seconds=1.0)
+    make_trials(tmp_path / "train", 48, speakers=2, seconds=1.0)
     make_trials(tmp_path / "validation", 12, speakers=2, seconds=1.0, seed=1)
-    values = settings(tmp_path / "train", tmp_path, data__validation__limit=None, training__epochs=8)
-    values["data"]["validation"]["folder"] = str(tmp_path / "validation")
-    values["data"]["train"]["segment_seconds"] = 1.0
-    values["training"]["save_every_steps"] = 1000
+    values = settings(
+        tmp_path / "train", tmp_path, training__epochs=12, training__log_every_steps=1000,
+        training__save_every_steps=1000, scheduler__max_learning_rate=0.03, data__train__segment_seconds=1.0,
+        data__validation={"folder": str(tmp_path / "validation")}, data__validation_batch_size=12,
+    )  # fmt: skip
+    values["model"] |= {"filters": 32, "channels": 16, "hidden": 32, "blocks": 3, "speaker_dim": 16}
     trainer = Trainer(from_dict(Experiment, values), echo=quiet)
     assert trainer.validate()["si_sdri_db"] < 1  # untrained
     trainer.run()
@@ -65,91 +70,81 @@ def test_a_tiny_model_learns_toy_voices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scheduler", "more"),
-    [({"name": "onecycle"}, {}), ({"name": "wsd", "warmup_steps": 3, "decay_steps": 4}, {"ema": 0.9, "accumulate": 2})],
+    [
+        ({"name": "onecycle", "max_learning_rate": 0.01}, {}),
+        ({"name": "wsd", "warmup_steps": 3, "decay_steps": 4}, {"ema": 0.9, "accumulate": 2}),
+    ],
 )
 def test_killed_again_and_again_it_ends_with_the_same_bits(
     trials: Path, tmp_path: Path, scheduler: dict[str, Any], more: dict[str, Any]
 ) -> None:
     """SIGKILL at the 1st, 5th and 9th log line, wherever the process then is; compare with a run left alone."""
-    configs = {}
-    for name in ("whole", "killed"):
-        values = settings(trials, tmp_path, name=name, scheduler=scheduler, training__epochs=2)
-        values["training"] |= more
-        configs[name] = tmp_path / f"{name}.json"
-        configs[name].write_text(json.dumps(values))
-    whole = start(["--c", str(configs["whole"])])
-    log = tmp_path / "killed" / "metrics.jsonl"
+    changes = {f"training__{name}": value for name, value in more.items()}
+    config = write_experiment(tmp_path / "killed.json", trials, name="killed", scheduler=scheduler, **changes)
+    folder = tmp_path / "runs" / "killed"
+    resume = folder / "last.safetensors"
     kills = 0
     for lines in (1, 5, 9):
-        resume = tmp_path / "killed" / "last.safetensors"
         again = ["--r", str(resume)] if resume.exists() else []
-        if not again and log.parent.exists():
-            (log.parent / "last.resume.pt").unlink(missing_ok=True)  # killed between its first two writes
-        process = start(["--c", str(configs["killed"]), *again])
-        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
-            time.sleep(0.001)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        if not again and folder.exists():
+            (folder / "last.resume.pt").unlink(missing_ok=True)  # killed between its first two writes
+        child = start(tmp_path / "output", run_command, "train", "--c", config, *again)
+        child.wait_for_lines(folder / "metrics.jsonl", lines)
+        child.process.kill()
+        child.process.join()
+        kills += child.process.exitcode == -signal.SIGKILL
     assert kills == 3
-    final = start(["--r", str(tmp_path / "killed" / "last.safetensors")])
-    output, _ = final.communicate()
-    assert final.returncode == 0, output
-    output, _ = whole.communicate()
-    assert whole.returncode == 0, output
-    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert equal(expected, got)
-    states = [load_pickled(tmp_path / name / "last.resume.pt") for name in ("whole", "killed")]
+    start(tmp_path / "output", run_command, "train", "--r", resume).finish()
+    whole = train(experiment(trials, tmp_path, name="whole", scheduler=scheduler, **changes), echo=quiet)
+    assert equal(weights(whole), weights(folder))
+    states = [load_pickled(run / "last.resume.pt") for run in (whole, folder)]
     for part in ("progress", "scheduler"):
         assert states[0][part] == states[1][part]
     assert equal(states[0]["model"], states[1]["model"])
     assert equal(states[0]["average"].get("model", {}), states[1]["average"].get("model", {}))
-    logs = [rows_without_time(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("whole", "killed")]
+    logs = [rows_without_time(read_rows(run / "metrics.jsonl")) for run in (whole, folder)]
     assert logs[0] == logs[1]
 
 
-def test_workers_and_saving_change_nothing(trials: Path, tmp_path: Path) -> None:
-    plain = train(experiment(trials, tmp_path, name="plain"), echo=quiet)
+def test_workers_and_saving_change_nothing(trials: Path, finished: Path, tmp_path: Path) -> None:
     other = experiment(trials, tmp_path, name="other", data__workers=2, training__save_every_steps=5)
-    expected, got = weights(plain), weights(train(other, echo=quiet))
-    assert equal(expected, got)
+    assert equal(weights(train(other, echo=quiet)), weights(finished))
 
 
 def test_time_is_up_and_resumed(trials: Path, tmp_path: Path) -> None:
-    whole = train(experiment(trials, tmp_path, name="whole"), echo=quiet)
+    """Stopped after each of six steps in two epochs."""
+    whole = train(experiment(trials, tmp_path, name="whole", training__steps_per_epoch=3), echo=quiet)
+    pieces = experiment(trials, tmp_path, name="pieces", training__steps_per_epoch=3)
     lines: list[str] = []
-    folder = train(experiment(trials, tmp_path, name="pieces"), minutes=0.0, echo=lines.append)
+    folder = train(pieces, minutes=0.0, echo=lines.append)
     assert lines == [f"time is up at step 1; resume with --r {folder}/last.safetensors"]
-    for _ in range(30):
-        train(experiment(trials, tmp_path, name="pieces"), resume=folder / "last.safetensors", minutes=0.0)
+    for _ in range(6):
+        train(pieces, resume=folder / "last.safetensors", minutes=0.0, echo=lines.append)
+    assert sum("time is up" in line for line in lines) == 6
     expected, got = weights(whole), weights(folder)
     assert equal(expected, got)
 
 
-def test_a_used_folder_is_refused(trials: Path, tmp_path: Path) -> None:
-    train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+def test_a_used_folder_is_refused(trials: Path, finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"already holds a run; resume it with --r .*last\.safetensors"):
-        train(experiment(trials, tmp_path), echo=quiet)
+        train(experiment(trials, finished.parent), echo=quiet)
 
 
-def test_load_takes_weights_alone(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+def test_load_takes_weights_alone(trials: Path, finished: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     trainer = Trainer(experiment(trials, tmp_path, name="second"), echo=lines.append)
-    trainer.load(folder / "best.safetensors")
-    expected = load_checkpoint(folder / "best.safetensors")[0]
+    trainer.load(finished / "best.safetensors")
+    expected = load_checkpoint(finished / "best.safetensors")[0]
     assert all(torch.equal(value, expected[name]) for name, value in trainer.state.model.state_dict().items())
     assert trainer.state.progress.step == 0
 
 
-def test_load_for_other_speakers_starts_the_classifier_afresh(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+def test_load_for_other_speakers_starts_the_classifier_afresh(finished: Path, tmp_path: Path) -> None:
     fewer = make_trials(tmp_path / "two", 4, speakers=2)
     lines: list[str] = []
     trainer = Trainer(experiment(fewer, tmp_path, name="second"), echo=lines.append)
     fresh = trainer.state.model.state_dict()["classifier.weight"].clone()
-    trainer.load(folder / "best.safetensors")
+    trainer.load(finished / "best.safetensors")
     assert torch.equal(trainer.state.model.state_dict()["classifier.weight"], fresh)
     assert any("the classifier is reinitialized" in line for line in lines)
 
@@ -170,11 +165,10 @@ def test_load_reads_the_original_pth_form(trials: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[f"module.{name}"]) for name, value in trainer.state.model.state_dict().items())
 
 
-def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
-    last = folder / "last.safetensors"
+def test_resume_refuses_other_settings(trials: Path, finished: Path, tmp_path: Path) -> None:
+    last = finished / "last.safetensors"
     with pytest.raises(CheckpointError, match=r"other settings \(model\.hidden\)"):
-        train(experiment(trials, tmp_path, training__epochs=1, model__hidden=40), resume=last)
+        train(experiment(trials, tmp_path, model__hidden=40), resume=last)
     with pytest.raises(CheckpointError, match=r"other settings \(training\.epochs\)"):
         train(experiment(trials, tmp_path, training__epochs=5), resume=last)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -185,10 +179,11 @@ def test_resume_refuses_other_settings(trials: Path, tmp_path: Path) -> None:
     ("key", "value"),
     [("data__batch_size", 2), ("training__steps_per_epoch", 3), ("training__precision", "bfloat16"), ("seed", 5)],
 )
-def test_resume_refuses_what_would_change_the_run(trials: Path, tmp_path: Path, key: str, value: Any) -> None:
-    folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
+def test_resume_refuses_what_would_change_the_run(
+    trials: Path, finished: Path, tmp_path: Path, key: str, value: Any
+) -> None:
     with pytest.raises(CheckpointError, match=rf"other settings \({key.replace('__', '.')}\)"):
-        train(experiment(trials, tmp_path, training__epochs=1, **{key: value}), resume=folder / "last.safetensors")
+        train(experiment(trials, tmp_path, **{key: value}), resume=finished / "last.safetensors")
 
 
 def test_a_run_from_before_a_setting_existed_resumes(trials: Path, tmp_path: Path) -> None:
@@ -204,11 +199,10 @@ def test_a_run_from_before_a_setting_existed_resumes(trials: Path, tmp_path: Pat
         train(experiment(trials, tmp_path, training__epochs=1), resume=last, echo=quiet)
 
 
-def test_resume_knows_the_data_wherever_they_lie(trials: Path, tmp_path: Path) -> None:
-    first = experiment(trials, tmp_path, training__epochs=1)
-    folder = train(first, echo=quiet)
+def test_resume_knows_the_data_wherever_they_lie(trials: Path, finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "toy"))
     shutil.copytree(trials, tmp_path / "moved")
-    moved = experiment(tmp_path / "moved", tmp_path, training__epochs=1)
+    moved = experiment(tmp_path / "moved", tmp_path)
     train(moved, resume=folder / "last.safetensors", echo=quiet)
     for path in sorted((tmp_path / "moved").glob("*_000003-*")):
         path.unlink()
@@ -225,11 +219,13 @@ def test_a_moved_run_goes_on_where_it_lies(trials: Path, tmp_path: Path) -> None
     assert not folder.exists()
 
 
-def test_resuming_a_run_that_stopped_early_changes_nothing(trials: Path, tmp_path: Path) -> None:
+def test_resuming_a_run_that_stopped_early_changes_nothing(
+    trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"si_sdr_db": 0.0, "si_sdri_db": 1.0})
     config = experiment(
-        trials, tmp_path, training__epochs=5, training__early_stop_epochs=1, optimizer={"learning_rate": 1e-12},
-        scheduler={"name": "constant"},
-    )  # fmt: skip
+        trials, tmp_path, training__epochs=5, training__early_stop_epochs=1, training__steps_per_epoch=1
+    )
     last = train(config, echo=quiet) / "last.safetensors"
     before = last.read_bytes()
     lines: list[str] = []

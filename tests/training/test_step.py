@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_runs import equal, experiment, quiet, weights
-from voices import make_trials
 
 from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.extraction.checkpoint import load_checkpoint, load_pickled
@@ -22,11 +21,6 @@ from onevoice.training.run import Trainer, train
 from onevoice.training.state import RunningAverage
 from onevoice.training.step import is_out_of_memory, split
 from onevoice.training.tracking import read_rows
-
-
-@pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trials(tmp_path_factory.mktemp("trials"), 24)
 
 
 @pytest.fixture
@@ -344,7 +338,7 @@ def saved_bytes(trainer: Trainer, batch: Any) -> int:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_checkpointed_activations(trials: Path, tmp_path: Path, precision: str) -> None:
-    changes: dict[str, Any] = {"training__precision": precision, "model__stacks": 6}
+    changes: dict[str, Any] = {"training__precision": precision, "model__stacks": 6, "model__hidden": 32}
     plain = new_trainer(trials, tmp_path, **changes)
     thrifty = new_trainer(trials, tmp_path, training__checkpoint_activations=True, **changes)
     assert equal(plain.state.model.state_dict(), thrifty.state.model.state_dict())

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, command, write_experiment
-from toy_runs import experiment
-from voices import make_trials
+from tiny import ROOT, command
+from toy_runs import experiment, write_experiment
 
 from onevoice.training.run import Trainer, describe_result, train
 from onevoice.training.tracking import Display
@@ -20,20 +19,18 @@ LINE = re.compile(
 )
 
 
+SHORT = {"training__steps_per_epoch": 2}
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-@pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_trials(tmp_path_factory.mktemp("trials"), 8)
-
-
 def test_without_a_terminal_each_log_step_is_a_line(
     trials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(experiment(trials, tmp_path, training__epochs=3, training__log_every_steps=2))
+    train(experiment(trials, tmp_path, training__epochs=3, training__log_every_steps=2, **SHORT))
     shown = capsys.readouterr()
     assert "\r" not in shown.out + shown.err
     found = [LINE.fullmatch(line) for line in shown.err.splitlines()]
@@ -48,7 +45,7 @@ def test_on_a_terminal_a_bar_shows_loss_speed_and_remaining_time(
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
     lines: list[str] = []
-    train(experiment(trials, tmp_path, training__epochs=2), echo=lines.append)
+    train(experiment(trials, tmp_path, training__epochs=2, **SHORT), echo=lines.append)
     text = terminal.getvalue()
     last = text.rstrip().rpartition("\r")[2]
     assert re.search(r"100%.* 4/4 \[\d\d:\d\d<00:00, .*(step/s|s/step), loss \S+, SI-SDR -?\d+\.\d\d dB\]", last)
