@@ -261,6 +261,9 @@ def test_bootstrap_interval_follows_the_seed_and_the_standard_error() -> None:
     standard_error = values.std() / np.sqrt(400)
     assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.08)
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.1 * standard_error)
+    for level, errors in ((0.95, 1.96), (0.8, 1.2816)):  # quantiles of the normal distribution, at both ends
+        interval = np.array(bootstrap_interval(values, seed=1, resamples=20000, level=level))
+        np.testing.assert_allclose((interval - values.mean()) / standard_error, [-errors, errors], atol=0.08)
     assert bootstrap_interval(values) == bootstrap_interval(values, derive_seed(0, "bootstrap"), 2000, 0.95)
     assert bootstrap_interval(np.array([2.5])) == (2.5, 2.5)
     with pytest.raises(ValueError, match="no values"):

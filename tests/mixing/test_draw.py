@@ -1,5 +1,6 @@
 """Mixtures drawn at every step: properties of the draws, and the sound against a plain NumPy rendering."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -354,16 +355,19 @@ def test_voices_have_different_places_in_one_room_and_the_enrollment_has_another
 
 
 def test_rooms_with_different_numbers_of_places(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
-    """Voices stay in their room, and share places only if it has too few."""
-    for name, places in (("small", 2), ("large", 5)):
+    """Voices stay in their room, and share places only if it has too few. The enrollment has any of the others."""
+    for name, places in (("small", 2), ("large", 5), ("third", 3)):
         for place in range(places):
             write_audio(tmp_path / f"rooms/{name}/{place}.wav", np.eye(1, 100, place, dtype=np.float32)[0], RATE)
     rooms = pack_corpus(list_corpus([tmp_path / "rooms"]), tmp_path / "pack", sample_rate=RATE, keep_mean=True)
     plan = planner({**packs, "rooms": rooms}, reverb=REVERB, interferers=(1, 2)).draw(0, np.arange(400))
     voices = plan.rooms.responses[:, :3]
     assert (rooms.speaker[voices] == rooms.speaker[voices[:, :1]]).all()
-    number_of_places = np.array([5, 2])[rooms.speaker[voices[:, 0]]]
+    number_of_places = np.array([5, 2, 3])[rooms.speaker[voices[:, 0]]]
     assert [len(set(row)) for row in voices.tolist()] == np.minimum(3, number_of_places).tolist()
+    pairs = Counter(zip(*rooms.speaker[plan.rooms.responses[:, [0, 3]]].T.tolist(), strict=True))
+    assert len(pairs) == 6
+    assert min(pairs.values()) > 30  # 67 each if they are all equally likely
 
 
 @pytest.mark.parametrize(
