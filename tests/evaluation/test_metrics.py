@@ -184,6 +184,30 @@ def test_utterances_are_counted_every_3_db() -> None:
         assert metrics._max_utterances((sign * 10 ** (-level / 20)).ravel(), 8000) == 60
 
 
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        ((60, 50), 1),  # gaps of up to 50 frames are closed
+        ((60, 51), 60),
+        ((50, 60), 60),  # an utterance has 50 frames or more
+        ((49, 60), 0),
+        ((60, 43, 4, 43), 60),  # bursts of up to 4 frames are dropped
+        ((60, 43, 5, 43), 1),
+    ],
+)
+def test_utterances_by_their_frames_of_4_ms(frames: tuple[int, ...], expected: int) -> None:
+    """Runs of frames, in turn at full scale and 80 dB below."""
+    level = np.repeat(np.resize([1.0, 1e-4], len(frames)), np.array(frames) * 32)
+    assert metrics._max_utterances(np.tile(level, 60), 8000) == expected
+
+
+def test_utterances_are_counted_only_in_signals_with_room_for_46() -> None:
+    """46 utterances of 50 frames and 45 gaps of 51 are 4595 frames."""
+    loud = np.ones(4595 * 32)
+    assert metrics._max_utterances(loud[:-1], 8000) == 45
+    assert metrics._max_utterances(loud * np.where(np.arange(len(loud)) < 100 * 32, 1.0, 0.0), 8000) == 1
+
+
 def test_clicks_do_not_join_utterances() -> None:
     target = bursts(48, 0.25, 0.36).reshape(48, -1)
     target[:, 3360:3456] += 0.1  # 12 ms in the middle of a pause

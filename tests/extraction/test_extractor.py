@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from voices import Voice
 
@@ -150,6 +151,15 @@ def test_files_add_up_to_the_mixture(extractor: Extractor, tmp_path: Path, resid
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == sorted(
         ["out.wav", *([residual] if residual else [])]
     )
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("out.wav", "FLOAT"), ("OUT.WAV", "FLOAT"), ("out.flac", "PCM_16")])
+def test_the_sample_type_of_a_file_follows_its_format(
+    straight: Extractor, tmp_path: Path, name: str, subtype: str
+) -> None:
+    write_audio(tmp_path / "mixture.wav", speech(0), 8000)
+    extract_file(straight, tmp_path / "mixture.wav", tmp_path / "mixture.wav", tmp_path / name)
+    assert soundfile.info(tmp_path / name).subtype == subtype
 
 
 def test_a_loud_estimate_is_not_clipped(straight: Extractor, tmp_path: Path) -> None:

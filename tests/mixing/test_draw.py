@@ -485,6 +485,8 @@ def test_noise_is_added_only_where_it_is_on(packs: dict[str, PackedCorpus]) -> N
 def test_silence_keeps_the_scale_of_what_is_added(packs: dict[str, PackedCorpus]) -> None:
     gain = rendering._snr_gain_or_one(torch.tensor([0.0, 4.0, 4.0]), torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3))
     assert gain.tolist() == [1.0, 1.0, 2.0]
+    faint = torch.tensor([1e-6])
+    assert rendering._snr_gain_or_one(4 * faint, faint, torch.zeros(1)).tolist() == pytest.approx([2.0])
 
 
 def test_short_noises_are_repeated() -> None:
@@ -558,6 +560,17 @@ def test_the_enrollment_has_its_own_room_and_no_tail(packs: dict[str, PackedCorp
         wet = np.convolve(said, response[np.abs(response).argmax() :])[:length]
         wet *= 10 ** (plan.enrollment_dbfs[row] / 20) / np.sqrt(np.mean(wet**2))
         np.testing.assert_allclose(sound.ref[row, :length].numpy(), wet, atol=1e-4)
+        assert sound.ref[row, length:].abs().sum() == 0
+
+
+def test_the_filters_of_a_channel_leave_no_tail_and_keep_the_level(packs: dict[str, PackedCorpus]) -> None:
+    planned = planner(packs, channel=CHANNEL)
+    plan = planned.draw(0, np.arange(12))
+    sound = Renderer(planned)(plan)
+    assert len(set(plan.enrollment.length.tolist())) > 1
+    for row, length in enumerate(plan.enrollment.length.tolist()):
+        said = sound.ref[row, :length].double()
+        assert float(10 * torch.log10(said.square().mean())) == pytest.approx(plan.enrollment_dbfs[row], abs=1e-3)
         assert sound.ref[row, length:].abs().sum() == 0
 
 
