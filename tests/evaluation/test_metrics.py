@@ -201,10 +201,12 @@ def test_utterances_by_their_frames_of_4_ms(frames: tuple[int, ...], expected: i
     assert metrics._max_utterances(np.tile(level, 60), 8000) == expected
 
 
-def test_utterances_are_counted_only_in_signals_with_room_for_46() -> None:
+def test_utterances_are_counted_only_in_signals_with_room_for_46(monkeypatch: pytest.MonkeyPatch) -> None:
     """46 utterances of 50 frames and 45 gaps of 51 are 4595 frames."""
-    loud = np.ones(4595 * 32)
+    loud = np.random.default_rng(0).uniform(0.5, 1.0, 4595 * 32)
     assert metrics._max_utterances(loud[:-1], 8000) == 45
+    monkeypatch.setattr(pesq_library, "pesq", lambda *_: 2.0)
+    assert metrics.pesq(loud[:-1], loud[:-1], 8000) == 2.0
     assert metrics._max_utterances(loud * np.where(np.arange(len(loud)) < 100 * 32, 1.0, 0.0), 8000) == 1
 
 

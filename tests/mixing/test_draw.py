@@ -591,6 +591,21 @@ def test_the_band_limits_of_a_channel(packs: dict[str, PackedCorpus]) -> None:
         np.testing.assert_allclose(measured, expected, atol=0.15)
 
 
+def test_the_codec_of_a_channel_follows_its_filters(packs: dict[str, PackedCorpus]) -> None:
+    draw = planner(packs, channel=CHANNEL)
+    renderer, plan = Renderer(draw), draw.draw(0, np.arange(3))
+    said = torch.from_numpy(Voice.number(0).say(0, 1.0, RATE)).expand(3, -1)
+    narrow = plan.channel._replace(
+        low_cut_hz=np.full(3, 200.0), high_cut_hz=np.full(3, 2500.0), tilt_db_per_octave=np.zeros(3)
+    )
+    on, coded = np.array([True, True, False]), np.array([True, False, True])
+    filtered = renderer._through_channel(said, narrow._replace(on=np.full(3, True), codec=np.full(3, False)))
+    out = renderer._through_channel(said, narrow._replace(on=on, codec=coded))
+    torch.testing.assert_close(out[0], mu_law(filtered)[0])
+    torch.testing.assert_close(out[1], filtered[1])
+    torch.testing.assert_close(out[2], said[2])
+
+
 def test_mu_law_is_eight_bits_of_a_known_curve() -> None:
     samples = torch.linspace(-0.5, 0.5, 2001)[None]
     coded = mu_law(samples)

@@ -307,6 +307,8 @@ def test_inaudible_rumble_is_not_mixed() -> None:
         ({"trim_db": -3.0}, "trim_db"),
         ({"vad_db": 0.0}, "vad_db"),
         ({"segment_seconds": 0.0}, "audioLen"),
+        ({"segment_seconds": float("inf")}, "audioLen"),
+        ({"trim_db": float("inf")}, "trim_db"),
     ],
 )
 def test_values_out_of_range(change: dict[str, object], key: str) -> None:
@@ -315,5 +317,5 @@ def test_values_out_of_range(change: dict[str, object], key: str) -> None:
 
 
 def test_the_lowest_values_are_allowed() -> None:
-    law = MixingLaw(sample_rate=1000, segment_seconds=0.1)
-    assert (law.sample_rate, law.segment_seconds) == (1000, 0.1)
+    law = MixingLaw(sample_rate=1000, segment_seconds=0.1, trim_db=0.5)
+    assert (law.sample_rate, law.segment_seconds, law.trim_db) == (1000, 0.1, 0.5)
