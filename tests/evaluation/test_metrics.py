@@ -294,6 +294,9 @@ def test_too_short_is_refused_and_not_scored_as_a_bad_value() -> None:
     assert np.isfinite(metrics.sdr(estimate[4000:4512], target[4000:4512]))  # as long as the filter
     with pytest.raises(MetricError, match="512 samples or more, not 511"):
         metrics.sdr(estimate[4000:4511], target[4000:4511])
+    for length in (2, 40, 250, 3199):
+        with pytest.raises(MetricError, match=r"STOI needs 0\.4 s of speech or more$"):
+            metrics.stoi(estimate[4000 : 4000 + length], target[4000 : 4000 + length], 8000)
     half_second = slice(4000, 8000)
     assert 0 < metrics.stoi(estimate[half_second], target[half_second], 8000) < 1
     pauses = np.zeros_like(target)
