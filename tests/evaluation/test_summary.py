@@ -227,6 +227,7 @@ def test_the_report_on_disk(extractor: Extractor, trials: Path, tmp_path: Path) 
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["checkpoint"] == "model"
     assert result["trials"] == 2
+    assert result["attenuation_db"] is None
     assert result["metrics"]["si_sdr"]["mean"] == report.summaries["si_sdr"].mean
     with rows.open() as file:
         table = list(csv.DictReader(file))
