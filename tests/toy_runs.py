@@ -1,4 +1,4 @@
-"""Experiments of a few steps on toy voices, in this process and in one of their own."""
+"""Experiments of a few steps on toy voices, and processes that run them."""
 
 import json
 import multiprocessing
@@ -98,7 +98,7 @@ def start(output: Path, work: Callable[..., None], *arguments: object) -> Child:
 def _lead_group(output: Path, work: Callable[..., None], *arguments: object) -> None:
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # the server sets its own; data readers belong to this group
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
     stream = output.open("ab", buffering=0)
     for number in (1, 2):
         os.dup2(stream.fileno(), number)
@@ -133,7 +133,7 @@ def rows_without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def quiet(line: str) -> None:
-    """Take the place of `print`."""
+    """Ignore a line that `print` would show."""
 
 
 def count_lines(path: Path) -> int:

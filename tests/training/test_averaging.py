@@ -1,4 +1,4 @@
-"""The mean of checkpoints, by the command."""
+"""`onevoice average`: the mean of checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_the_mean_is_exact_and_says_what_of(
+def test_the_mean_is_exact_and_lists_its_sources(
     checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "mean.safetensors"
@@ -54,7 +54,7 @@ def test_the_mean_is_exact_and_says_what_of(
         ({"speakers": ("a", "b", "c", "d")}, "has other training speakers than"),
     ],
 )
-def test_strangers_are_not_averaged(
+def test_checkpoints_of_different_runs_are_refused(
     checkpoints: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -70,7 +70,9 @@ def test_strangers_are_not_averaged(
     assert not (tmp_path / "mean.safetensors").exists()
 
 
-def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line(
+    checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = command(capsys, "average", tmp_path / "mean.safetensors", checkpoints[0])
     assert (done.status, "needs two checkpoints or more" in done.err) == (2, True)
     done = command(capsys, "average", tmp_path / "mean", *checkpoints)
@@ -80,7 +82,7 @@ def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path, capsys
     assert not (tmp_path / "mean.safetensors").exists()
 
 
-def test_the_mean_of_one_twice_is_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_mean_of_a_checkpoint_with_itself_is_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = save_tiny(tmp_path / "one.safetensors")
     assert command(capsys, "average", tmp_path / "mean.safetensors", one, one).status == 0
     before, after = load_checkpoint(one)[0], load_checkpoint(tmp_path / "mean.safetensors")[0]

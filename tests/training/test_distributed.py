@@ -1,4 +1,4 @@
-"""Many processes: the same steps as one, the same files as one, and a restart when one is lost."""
+"""Several processes: the same steps and files as one process, and a restart if one is lost."""
 
 import json
 import math
@@ -30,11 +30,11 @@ CHANGES: dict[str, Any] = {
     "data__batch_size": 8,
     "data__validation__limit": 5,
 }
-"""With batches of unequal lengths shared by 2 processes in 2 parts each; enrollments are of several lengths."""
+"""Two processes share each batch in two parts each; mixtures and enrollments differ in length."""
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> bool:
-    """Equal but for the biases of the decoders: the loss, centred, does not see them, so that they follow rounding."""
+    """Equal except for the biases of the decoders: the loss removes means, so these gradients are only rounding."""
     return one.keys() == other.keys() and all(
         torch.allclose(one[name].double(), other[name].double(), rtol=0, atol=tolerance)
         for name in one
@@ -62,18 +62,18 @@ def assert_same_log(one: Path, other: Path, tolerance: float) -> None:
         for name in left.keys() - {"wall_time"}:
             most = (
                 10 * tolerance if name == "train/gradient_norm" else tolerance
-            )  # kinks of the network enlarge rounding
+            )  # the network amplifies rounding differences
             assert right[name] == pytest.approx(left[name], rel=most, abs=10 * tolerance), name
 
 
 def test_two_processes_take_the_steps_of_one(trials: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """One process takes the whole batches in as many parts as the two together: the same parts of batch statistics."""
+    """One process splits its batches into the same parts as the two together, so the batch statistics are the same."""
     one = train(experiment(trials, tmp_path, name="one", **CHANGES), echo=quiet)
     assert_same_log(one, undisturbed, 1e-5)
     assert close(weights(one), weights(undisturbed), 2e-4)  # of the 6e-3 that six steps of Adam move a weight
 
 
-def test_another_number_of_processes_goes_on(trials: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_resumes_the_run(trials: Path, undisturbed: Path, tmp_path: Path) -> None:
     longer = {**CHANGES, "training__epochs": 3}
     whole = train(experiment(trials, tmp_path, name="whole", **longer), echo=quiet)
     moved = tmp_path / "two"
@@ -86,7 +86,7 @@ def test_another_number_of_processes_goes_on(trials: Path, undisturbed: Path, tm
         for folder in (whole, moved)
     ]
     assert losses[1][:7] == pytest.approx(losses[0][:7], rel=1e-5)  # the seventh is the first after resuming
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # kinks of the network enlarge what rounding began
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # the network amplifies rounding differences
     assert [row["step"] for row in read_rows(moved / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
@@ -141,8 +141,8 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(trials: Path
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_shares_make_up_the_batch_and_its_parts(parts: int) -> None:
-    """Which items meet in a part does not depend on the number of processes."""
+def test_the_shares_of_all_processes_are_the_batch(parts: int) -> None:
+    """The number of processes does not change which items form a part."""
     batch = torch.randperm(16).numpy()
     for count in (1, 2, 4):
         shares = [share_of_batch(batch, (number, count)) for number in range(count)]
@@ -150,12 +150,12 @@ def test_shares_make_up_the_batch_and_its_parts(parts: int) -> None:
             assert {value for share in shares for value in np.split(share, parts)[part]} == set(whole)
 
 
-def test_the_place_in_the_group_is_torchruns() -> None:
+def test_the_rank_comes_from_the_variables_of_torchrun() -> None:
     assert group_from_environment({}) == Group(0, 1, 0)
     assert group_from_environment({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "2"}) == Group(3, 4, 2)
 
 
-def test_what_cannot_be_shared_is_refused(trials: Path, tmp_path: Path) -> None:
+def test_batches_that_cannot_be_shared_are_refused(trials: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.batch_size: 4 cannot be shared by 3 processes"):
         Trainer(experiment(trials, tmp_path), quiet, Group(0, 3))
     with pytest.raises(ConfigError, match=r"data\.batch_size: 4 cannot be shared by 2 processes .* 4 equal parts"):

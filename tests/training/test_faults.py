@@ -1,4 +1,4 @@
-"""What befalls a run: a signal, a full disk, a lost data reader."""
+"""Failures during a run: a signal, a full disk, a killed data reader, a missing compiler."""
 
 import math
 import multiprocessing
@@ -41,7 +41,9 @@ def test_a_signal_ends_a_run_at_a_checkpoint(
     assert equal(weights(folder), weights(finished))
 
 
-def test_a_signal_in_validation_leaves_it_to_the_next_run(trials: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_validation_ended_by_a_signal_is_repeated_by_the_resumed_run(
+    trials: Path, finished: Path, tmp_path: Path
+) -> None:
     config, lines, asked = experiment(trials, tmp_path, name="stopped"), list[str](), StopRequest()
     trainer = Trainer(config, lines.append)
     held = trainer.validation_trials
@@ -90,7 +92,7 @@ def test_a_killed_data_reader(
     assert equal(weights(again), weights(finished))
 
 
-def test_without_a_compiler_training_goes_on(
+def test_training_runs_without_a_compiler(
     trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -103,7 +105,7 @@ def test_without_a_compiler_training_goes_on(
 
 def test_a_failed_compiler_is_named(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class CompilerError(RuntimeError):
-        """Stands in for torch's, whose name differs between releases."""
+        """Replaces the class of torch, whose name differs between releases."""
 
         __module__ = "torch._dynamo.exc"
 
@@ -115,8 +117,8 @@ def test_a_failed_compiler_is_named(trials: Path, tmp_path: Path, monkeypatch: p
         train(experiment(trials, tmp_path, name="failing"), echo=quiet)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(trials: Path, finished: Path, tmp_path: Path) -> None:
-    """The file of the next checkpoint is the one that cannot be written: it grows no further than its first half."""
+def test_a_full_disk_keeps_the_previous_checkpoint(trials: Path, finished: Path, tmp_path: Path) -> None:
+    """The next checkpoint cannot be written: the limit on file sizes is half of its size."""
     config = experiment(trials, tmp_path, training__save_every_steps=1, data__workers=0)
     trainer = Trainer(config, quiet)
     folder = trainer.run(deadline=-math.inf)

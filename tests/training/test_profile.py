@@ -1,4 +1,4 @@
-"""Profiling: what is counted equals formulas, times add up, and a profile leaves a run as it found it."""
+"""Profiling: counts equal formulas, times add up, and a profile does not change a run."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ from onevoice.training.step import Learner
 
 @pytest.fixture
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the machine by small products."""
+    """Measure the machine with small products."""
     monkeypatch.setattr("onevoice.training.profile.measure_ceilings", partial(measure_ceilings, size=128))
 
 
@@ -36,7 +36,7 @@ SHORT = {"training__steps_per_epoch": 1}
 def quiet(line: str) -> None: ...
 
 
-# What is counted
+# Counts
 
 
 def products_of(config: SpExPlusConfig, samples: int, ref_samples: int) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def products_of(config: SpExPlusConfig, samples: int, ref_samples: int) -> tuple
 
 
 @pytest.mark.parametrize("config", [TINY, SpExPlusConfig(num_classes=1000)], ids=["tiny", "paper"])
-def test_the_operations_of_a_step_are_those_of_the_equations(config: SpExPlusConfig) -> None:
+def test_the_operations_of_a_step_follow_the_equations(config: SpExPlusConfig) -> None:
     samples, ref_samples = 4 * config.sample_rate, 3 * config.sample_rate
     cost = CostCounter(config)({"audio": (2, samples), "ref": (2, ref_samples)})
     dense, depthwise = products_of(config, samples, ref_samples)
@@ -68,7 +68,7 @@ def test_the_operations_of_a_step_are_those_of_the_equations(config: SpExPlusCon
 
 
 def test_cost_grows_with_the_batch_and_halves_in_half_precision() -> None:
-    config = replace(TINY, channels=64, hidden=128, blocks=4)  # blocks outweigh encoders, as in a network of use
+    config = replace(TINY, channels=64, hidden=128, blocks=4)  # blocks cost more than encoders, as in a real network
     full, half = CostCounter(config), CostCounter(config, torch.bfloat16)
     one, two = ({"audio": (size, 8000), "ref": (size, 8000)} for size in (100, 200))
     cost, double, low = full(one), full(two), half(one)
@@ -97,7 +97,7 @@ def test_the_floor_is_the_slower_of_products_and_their_operands() -> None:
     assert Ceilings(flops=100.0, bytes=5.0).floor(cost) == 4
 
 
-def test_ceilings_are_rates_that_a_plain_product_does_not_pass_by_far() -> None:
+def test_a_plain_product_is_not_much_faster_than_the_ceiling() -> None:
     size = 256
     ceilings = measure_ceilings(torch.device("cpu"), size=size)
     left, right = torch.randn(2, size, size)
@@ -110,7 +110,7 @@ def test_ceilings_are_rates_that_a_plain_product_does_not_pass_by_far() -> None:
     assert 1e8 < ceilings.bytes < 1e13
 
 
-def test_products_are_told_from_depthwise_convolutions() -> None:
+def test_depthwise_convolutions_are_no_products() -> None:
     frames = torch.randn(2, 6, 50, requires_grad=True)
     dense, grouped = torch.randn(4, 6, 3, requires_grad=True), torch.randn(6, 1, 3, requires_grad=True)
     found: dict[bool, set[str]] = {True: set(), False: set()}
@@ -129,13 +129,13 @@ def test_products_are_told_from_depthwise_convolutions() -> None:
     assert _is_product("triton_tem_fused_mm_3", [])
 
 
-# What is measured
+# Measurements
 
 pytestmark = pytest.mark.usefixtures("quick_ceilings")
 
 
 class Clock:
-    """Time that passes only when something says so."""
+    """A clock that a test moves by hand."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -144,7 +144,9 @@ class Clock:
         return self.now
 
 
-def test_waiting_for_data_is_told_from_the_step(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_data_is_separate_from_the_step(
+    trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, read, step = Clock(), TrialSource.batches, Learner.step
 
     def slow_batches(self: TrialSource, *span: int) -> Any:
@@ -171,7 +173,7 @@ def test_waiting_for_data_is_told_from_the_step(trials: Path, tmp_path: Path, mo
     assert "data wait               3000.00 ms a step, 75.0% of the time" in table(result)
 
 
-def test_a_profile_has_its_files_and_leaves_the_run_as_it_was(trials: Path, tmp_path: Path) -> None:
+def test_a_profile_writes_its_files_and_does_not_change_the_run(trials: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     begin = time.perf_counter()
     result = profile_training(experiment(trials, tmp_path / "one"), 3, echo=lines.append)
@@ -200,7 +202,9 @@ def test_a_profile_has_its_files_and_leaves_the_run_as_it_was(trials: Path, tmp_
 
 
 @pytest.mark.parametrize("steps", [0, -3, "x"])
-def test_bad_numbers_of_steps(trials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: object) -> None:
+def test_invalid_numbers_of_steps(
+    trials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: object
+) -> None:
     config = write_experiment(tmp_path / "toy.json", trials, **SHORT)
     done = command(capsys, "train", "--c", config, "--profile", steps)
     assert (done.status, done.out, len(done.err.splitlines())) == (2, "", 1)
@@ -226,8 +230,8 @@ def test_a_trained_run_can_be_profiled(
     assert last.read_bytes() == before
 
 
-def test_counting_matches_a_network_that_runs() -> None:
-    """The network without data sees the shapes that the real one sees."""
+def test_counts_equal_those_of_a_real_network() -> None:
+    """The network without data sees the same shapes as a real one."""
     model = SpExPlus(TINY).train()
     shape = {"audio": (2, 4000), "ref": (2, 3000)}
     with _Traffic() as traffic:

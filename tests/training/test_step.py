@@ -1,4 +1,4 @@
-"""One step of learning: in parts, averaged, skipped on the device, with less memory, at the rate of the schedule."""
+"""One training step: parts, running average, skipped steps, memory, schedule."""
 
 import copy
 import json
@@ -42,16 +42,18 @@ def gradients(model: Network) -> dict[str, torch.Tensor]:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal to 1e-5 as one vector, and each tensor to 1e-4 but for what rounding leaves of a small sum."""
+    """Equal to 1e-5 as one vector, and each tensor to 1e-4, except for rounding of sums that are nearly zero."""
     assert got.keys() == expected.keys()
     distance = torch.stack([(got[name] - value).norm() for name, value in expected.items()])
     size = torch.stack([value.norm() for value in expected.values()])
     assert distance.norm() <= 1e-5 * size.norm()
-    assert (distance <= 1e-4 * size + 1e-7 * size.norm()).all()  # the decoders' biases have none but rounding
+    assert (
+        distance <= 1e-4 * size + 1e-7 * size.norm()
+    ).all()  # the gradients of the decoders' biases are only rounding
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, statistics, optimizer and average, each tensor a copy."""
+    """Copies of weights, statistics, optimizer state and average."""
     found = {**trainer.state.model.state_dict()}
     for number, state in trainer.state.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
@@ -74,10 +76,10 @@ def test_parts_in_order_are_the_batch(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_the_gradient_in_parts_is_that_of_the_batch(
+def test_the_gradient_in_parts_equals_that_of_the_batch(
     trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
-    """Exact for a network whose items do not meet, such as one in evaluation mode: its statistics are fixed."""
+    """Exact if items do not influence each other, as in evaluation mode, whose statistics are fixed."""
     whole, parted = (new_trainer(trials, tmp_path, training__accumulate=count) for count in (1, parts))
     batch, terms = batches(whole, 1)[0], []
     for trainer in (whole, parted):
@@ -132,7 +134,7 @@ def test_the_average_follows_its_formula(trials: Path, tmp_path: Path) -> None:
     assert not equal(trainer.state.average.model.state_dict(), trainer.state.model.state_dict())
 
 
-def test_the_average_is_what_is_judged_and_shipped(trials: Path, tmp_path: Path) -> None:
+def test_the_average_is_validated_and_saved(trials: Path, tmp_path: Path) -> None:
     trainer = Trainer(experiment(trials, tmp_path, training__ema=0.9, training__epochs=1), quiet)
     folder = trainer.run()
     assert trainer.state.average is not None
@@ -150,18 +152,18 @@ def test_the_average_is_what_is_judged_and_shipped(trials: Path, tmp_path: Path)
     assert trainer.validate() == score
 
 
-def test_loaded_weights_begin_the_average(trials: Path, tmp_path: Path) -> None:
+def test_the_average_starts_at_loaded_weights(trials: Path, tmp_path: Path) -> None:
     folder = train(experiment(trials, tmp_path, training__epochs=1), echo=quiet)
     trainer = Trainer(experiment(trials, tmp_path, name="second", training__ema=0.9), quiet)
     trainer.load(folder / "best.safetensors")
     assert equal(trainer.state.weights.state_dict(), load_checkpoint(folder / "best.safetensors")[0])
 
 
-# Steps that do not count ----------------------------------------------------------------------------------------
+# Skipped steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", ["audio", "target"])
-def test_a_nonfinite_part_leaves_everything(trials: Path, tmp_path: Path, bad: str) -> None:
+def test_a_nonfinite_part_changes_nothing(trials: Path, tmp_path: Path, bad: str) -> None:
     config = experiment(trials, tmp_path, training__ema=0.9, training__accumulate=2, training__max_nonfinite_steps=3)
     trainer = Trainer(config, quiet)
     batch, other = batches(trainer, 2)
@@ -181,7 +183,7 @@ def test_a_nonfinite_part_leaves_everything(trials: Path, tmp_path: Path, bad: s
 
 
 def test_bad_steps_are_skipped_after_resuming_an_older_file(trials: Path, tmp_path: Path) -> None:
-    """One whose optimizer was not fused, and which lacks what was not remembered then."""
+    """A file of an earlier version: the optimizer was not fused, and newer fields are missing."""
     config = experiment(trials, tmp_path)
     first = Trainer(config, quiet)
     first.run(deadline=-math.inf)
@@ -216,10 +218,10 @@ def test_half_precision_skips_and_lowers_its_scale(trials: Path, tmp_path: Path)
     assert not torch.equal(snapshot(trainer)["masks.0.weight"], before["masks.0.weight"])
 
 
-def test_too_many_in_a_row_are_noticed_at_the_log_line(
+def test_too_many_skipped_steps_are_found_at_the_log_line(
     trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where the counts are read there only: a finite step after the burst does not hide it."""
+    """As on a GPU, which reads the counts only there: a finite step after the bad ones does not hide them."""
     trainer = Trainer(experiment(trials, tmp_path, training__max_nonfinite_steps=3), quiet)
     watch = trainer.learner.check_skipped_steps
     monkeypatch.setattr(trainer.learner, "check_skipped_steps", lambda: None)
@@ -234,7 +236,7 @@ def test_too_many_in_a_row_are_noticed_at_the_log_line(
 
 
 class HostReads(TorchDispatchMode):
-    """Notes each operation that would make the host wait for a GPU."""
+    """Collects the operations that would make the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,17 +248,19 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_back(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_does_not_wait_for_the_device(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"training__ema": 0.9, "training__accumulate": 2, "training__log_every_steps": 2}
     trainer = Trainer(experiment(trials, tmp_path, **changes), quiet)
-    monkeypatch.setattr(trainer.learner, "check_skipped_steps", lambda: None)  # which is called on the CPU alone
+    monkeypatch.setattr(
+        trainer.learner, "check_skipped_steps", lambda: None
+    )  # which only the CPU calls after each step
     batch = batches(trainer, 1)[0]
     full = {name: batch[name] for name in ("audio", "ref", "target", "speaker", "name")}
     with HostReads() as reads:
         trainer.learner.step(full)
         assert reads.found == []
         bool(trainer.state.skips[0] > 0)
-        assert reads.found  # what reads is seen
+        assert reads.found  # a read is found
 
 
 # Memory ---------------------------------------------------------------------------------------------------------
@@ -278,18 +282,18 @@ def fails_above(trainer: Trainer, rows: int, error: Callable[[], Exception]) -> 
             raise error()
         return prediction
 
-    object.__setattr__(trainer.state.model, "forward", short)
+    trainer.state.model.forward = short  # type: ignore[method-assign]
 
 
-def test_what_is_short_memory() -> None:
+def test_errors_that_mean_out_of_memory() -> None:
     assert all(is_out_of_memory(error()) for error in SHORT)
     assert not any(
         is_out_of_memory(error) for error in (RuntimeError("size mismatch"), ValueError("memory"), OSError())
     )
 
 
-def test_short_memory_halves_the_parts(trials: Path, tmp_path: Path) -> None:
-    """As if the parts had been so small from the start, bit for bit, also when resumed."""
+def test_out_of_memory_halves_the_parts(trials: Path, tmp_path: Path) -> None:
+    """The result equals that of small parts from the start, bit for bit, also after resuming."""
     error = SHORT[0]
     changes = {"training__ema": 0.9, "training__save_every_steps": 2, "training__epochs": 1}
     whole = Trainer(experiment(trials, tmp_path, name="whole", training__accumulate=4, **changes), quiet)
@@ -310,7 +314,7 @@ def test_short_memory_halves_the_parts(trials: Path, tmp_path: Path) -> None:
     assert equal(weights(whole.folder), weights(resumed.folder))
 
 
-def test_short_memory_stops_with_advice(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_stops_with_advice(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*anything: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -323,7 +327,7 @@ def test_short_memory_stops_with_advice(trials: Path, tmp_path: Path, monkeypatc
 
 
 def saved_bytes(trainer: Trainer, batch: Any) -> int:
-    """Memory of all distinct tensors kept for the backward pass."""
+    """Memory in bytes of all tensors kept for the backward pass."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -353,7 +357,7 @@ def test_checkpointed_activations(trials: Path, tmp_path: Path, precision: str) 
 
 
 def test_a_checkpointed_network_can_be_copied(trainer: Trainer) -> None:
-    """A copy computes by its own weights, not by those it was copied from."""
+    """A copy computes with its own weights, not with those of the original."""
     trainer.state.model.recompute = True
     copied = copy.deepcopy(trainer.state.model)
     with torch.no_grad():
@@ -368,7 +372,7 @@ def test_a_checkpointed_network_can_be_copied(trainer: Trainer) -> None:
 
 
 def rates(model: Network, steps: int, **config: Any) -> list[float]:
-    """The rate of each step, as parts of the stable one."""
+    """The rate of each step as a fraction of the stable rate."""
     optimizer = build_optimizer(model, AdamConfig(learning_rate=2.0))
     scheduler = WarmupStableDecay(optimizer, StableConfig(**config), steps)
     found = []
@@ -393,13 +397,13 @@ def test_warmup_stable_decay(trainer: Trainer) -> None:
 
 
 def stable(trials: Path, runs: Path, **changes: Any) -> Any:
-    """A run at a stable rate, of 6 steps in an epoch."""
+    """A run at a stable rate with 6 steps per epoch."""
     changes = {"scheduler": {"name": "wsd", "warmup_steps": 2}, "optimizer__learning_rate": 0.002, **changes}
     return experiment(trials, runs, **changes)
 
 
-def test_the_decay_begins_where_one_likes(trials: Path, tmp_path: Path) -> None:
-    """Stable for 8 steps of many, then a decay of 6 that is interrupted, with no word of it the second time."""
+def test_a_decay_can_be_added_at_any_step(trials: Path, tmp_path: Path) -> None:
+    """Eight steps at the stable rate, then a decay of six steps that is interrupted and resumed."""
     decaying = {"name": "wsd", "warmup_steps": 2, "decay_steps": 6, "decay_divisor": 4.0}
     known = {**decaying, "decay_from_step": 8}
     plain = train(stable(trials, tmp_path, name="plain", training__epochs=9, scheduler=known), echo=quiet)
@@ -423,7 +427,7 @@ def test_the_decay_begins_where_one_likes(trials: Path, tmp_path: Path) -> None:
     assert equal(weights(last), weights(plain))
 
 
-def test_a_decay_can_be_taken_back_and_training_prolonged(trials: Path, tmp_path: Path) -> None:
+def test_a_decay_can_be_removed_and_training_extended(trials: Path, tmp_path: Path) -> None:
     decaying = {"name": "wsd", "warmup_steps": 2, "decay_steps": 3}
     folder = train(stable(trials, tmp_path, training__epochs=1, scheduler=decaying), echo=quiet)
     on = stable(trials, tmp_path, training__epochs=2)
@@ -435,8 +439,10 @@ def test_a_decay_can_be_taken_back_and_training_prolonged(trials: Path, tmp_path
         train(other, resume=folder / "last.safetensors")
 
 
-def test_the_plateau_is_halved_as_in_the_paper(trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two validations without gain are borne, the third halves the rate."""
+def test_a_plateau_halves_the_rate_as_in_the_paper(
+    trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third validation without a gain halves the rate."""
     scores = iter([1.0, 0.5, 0.5, 0.5, 0.5, 2.0])
     monkeypatch.setattr(Trainer, "validate", lambda self: {"si_sdr_db": 0.0, "si_sdri_db": next(scores)})
     config = experiment(
@@ -446,7 +452,7 @@ def test_the_plateau_is_halved_as_in_the_paper(trials: Path, tmp_path: Path, mon
     assert [row["train/learning_rate"] for row in rows if "train/loss" in row] == [*[1e-3] * 4, 5e-4, 5e-4]
 
 
-def test_the_one_cycle_is_the_cosine_of_its_formula(trials: Path, tmp_path: Path) -> None:
+def test_the_one_cycle_follows_its_formula(trials: Path, tmp_path: Path) -> None:
     scheduler = {"name": "onecycle", "max_learning_rate": 0.01, "rising_part": 0.25, "start_divisor": 10.0}
     rows = read_rows(train(experiment(trials, tmp_path, scheduler=scheduler), echo=quiet) / "metrics.jsonl")
     found = [row["train/learning_rate"] for row in rows if "train/loss" in row]
@@ -462,7 +468,7 @@ def test_the_one_cycle_is_the_cosine_of_its_formula(trials: Path, tmp_path: Path
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_weights_along_the_way_are_kept(trials: Path, tmp_path: Path) -> None:
+def test_weights_of_earlier_epochs_are_kept(trials: Path, tmp_path: Path) -> None:
     config = experiment(
         trials, tmp_path, training__epochs=4, training__keep_every_epochs=2, training__steps_per_epoch=1
     )
