@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from onevoice.config import load_config
-from onevoice.evaluation.metrics import FAILURE_DB
-from onevoice.evaluation.summary import bootstrap_interval
+from onevoice.evaluation.summary import FAILURE_DB, bootstrap_interval
 from onevoice.processes import keep_freed_memory
 from onevoice.training.experiment import ConstantConfig, Experiment
 from onevoice.training.run import Trainer
