@@ -122,6 +122,7 @@ def test_pesq_and_stoi_pass_the_target_in_the_order_of_the_library(sample_rate: 
     assert value == pesq_library.pesq(sample_rate, target, estimate, mode)
     assert value != pesq_library.pesq(sample_rate, estimate, target, mode)
     assert 1 < value < metrics.pesq(target, target, sample_rate) < 4.7
+    assert metrics.stoi(estimate, target, sample_rate) == metrics.stoi(estimate, target, sample_rate, False)
     for extended in (False, True):
         value = metrics.stoi(estimate, target, sample_rate, extended)
         assert value == pytest.approx(pystoi.stoi(target, estimate, sample_rate, extended=extended), abs=1e-9)

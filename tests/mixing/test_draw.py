@@ -224,6 +224,9 @@ def test_each_voice_is_cut_by_its_own_columns_of_the_streams(packs: dict[str, Pa
     crop, said, halves = stream_of("crop", 6), stream_of("utterance", 4), stream_of("enrollment", 3)[:, 2]
     voices = distinct_speakers(stream_of("speaker", 3), speech.person_of_speaker)
     np.testing.assert_array_equal(plan.speaker, voices[:, 0])
+    count = 1 + (stream_of("count", 1)[:, 0] * interferers).astype(int)
+    np.testing.assert_array_equal(plan.interferer_on.sum(axis=1), count)
+    assert plan.interferer_on[:, 0].all()
     for row in range(300):
         for k, part in enumerate((plan.target, *plan.interferers)):
             begin, end = 0, speech.length[part.utterance[row]]
@@ -264,10 +267,14 @@ def test_each_enrollment_is_cut_by_its_own_columns_of_the_streams(packs: dict[st
 
 def test_levels_noise_rooms_and_channels_have_their_own_columns_of_the_streams(packs: dict[str, PackedCorpus]) -> None:
     noises, rooms = packs["noise"], packs["rooms"]
-    channel = replace(CHANNEL, probability=0.5)
-    plan = planner(packs, seed=3, interferers=(1, 2), noise=NOISE, reverb=REVERB, channel=channel).draw(
-        2, np.arange(300)
-    )
+    plan = planner(
+        packs,
+        seed=3,
+        interferers=(1, 2),
+        noise=replace(NOISE, probability=0.4),
+        reverb=replace(REVERB, probability=0.6, enrollment_probability=0.3),
+        channel=replace(CHANNEL, probability=0.5, codec_probability=0.25),
+    ).draw(2, np.arange(300))
     noise, reverb = stream_of("noise", 5), stream_of("reverb", 5)
     for row in range(300):
         recording, responses = plan.noise.recording[row], plan.rooms.responses[row]
@@ -287,7 +294,14 @@ def test_levels_noise_rooms_and_channels_have_their_own_columns_of_the_streams(p
         (plan.channel.tilt_db_per_octave, "channel", 4, CHANNEL.tilt_db_per_octave),
     ):
         np.testing.assert_allclose(values, low + (high - low) * stream_of(name, 5)[:, column])
-    np.testing.assert_array_equal(plan.channel.on, stream_of("channel", 1)[:, 0] < 0.5)
+    for switch, name, column, probability in (
+        (plan.noise.on, "noise", 0, 0.4),
+        (plan.rooms.on, "reverb", 0, 0.6),
+        (plan.rooms.enrollment_on, "reverb", 1, 0.3),
+        (plan.channel.on, "channel", 0, 0.5),
+        (plan.channel.codec, "channel", 1, 0.25),
+    ):
+        np.testing.assert_array_equal(switch, stream_of(name, 5)[:, column] < probability)
 
 
 def test_shares_of_absent_and_alone_trials(packs: dict[str, PackedCorpus]) -> None:

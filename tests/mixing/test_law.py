@@ -276,6 +276,9 @@ def test_utterances_too_short_for_one_segment(utterances: list[Path], tmp_path: 
     with pytest.raises(Unusable) as caught:
         rendered(draw_of(short, *utterances[1:]), LAW)
     assert [(each.reason, each.recording.path) for each in caught.value.rejections] == [(SHORT_UTTERANCE, short)]
+    with pytest.raises(Unusable) as caught:
+        rendered(draw_of(short, *utterances[1:]), dataclasses.replace(LAW, vad_db=None))
+    assert caught.value.rejections[0].detail == "2.50 s without silence"
     assert len(rendered(draw_of(short, *utterances[1:]), dataclasses.replace(LAW, full_length=True)).mixed) == 1
 
 
