@@ -605,6 +605,14 @@ def test_the_band_limits_of_a_channel(packs: dict[str, PackedCorpus]) -> None:
         np.testing.assert_allclose(measured, expected, atol=0.15)
 
 
+def test_a_filtered_enrollment_does_not_depend_on_its_batch(packs: dict[str, PackedCorpus]) -> None:
+    planned = planner(packs, channel=CHANNEL)
+    together = Renderer(planned)(planned.draw(0, np.arange(12))).ref
+    for row in range(12):
+        alone = Renderer(planned)(planned.draw(0, np.array([row]))).ref[0]
+        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=0, atol=1e-7)
+
+
 def test_the_codec_of_a_channel_follows_its_filters(packs: dict[str, PackedCorpus]) -> None:
     draw = planner(packs, channel=CHANNEL)
     renderer, plan = Renderer(draw), draw.draw(0, np.arange(3))

@@ -160,6 +160,7 @@ def test_the_shared_gain_avoids_clipping() -> None:
     gain, limited = shared_gain(clicks, -clicks, RATE)
     assert limited
     assert gain == pytest.approx(0.99 / 0.5)
+    assert shared_gain(-clicks, -clicks, RATE) == (pytest.approx(gain), True)
     steady = Voice.number(0).say(0, 1, RATE)
     quiet_gain, quiet_limited = shared_gain(steady, np.float32(100) * steady, RATE)
     assert quiet_limited
