@@ -337,7 +337,8 @@ def test_two_interferers_in_every_trial(packs: dict[str, PackedCorpus]) -> None:
 def test_too_few_people(packs: dict[str, PackedCorpus], tmp_path: Path) -> None:
     make_corpus(tmp_path / "two", speakers=2, utterances=2, seconds=1.0)
     two = pack_corpus(list_corpus([tmp_path / "two"]), tmp_path / "pack", sample_rate=RATE)
-    Planner(two, MIXING)
+    plan = Planner(two, MIXING).draw(0, np.arange(100))
+    assert (plan.target.utterance != plan.enrollment.utterance).all()  # with two utterances, always one of each
     with pytest.raises(CorpusError, match=r"has 2 people with utterances of 0\.3 s or more; these mixtures need 3"):
         Planner(two, replace(MIXING, absent=0.1))
 
