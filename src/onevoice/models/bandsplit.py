@@ -322,7 +322,7 @@ class BandSplitExtractor(Network):
         if self.compiled and self.training:
             ref, ref_length = pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
         valid = self._valid(ref, ref_length)
-        frames = self.voice_split(self._compress(self._spectrum(ref)))
+        frames = self._step(BandSplit)(self.voice_split, self._compress(self._spectrum(ref)))
         frames = self._run_block(self._step(TimeBlock), self.voice_time_block, frames, None, valid)
         frames = self._run_block(self._step(FullBandBlock), self.voice_full_block, frames, None, valid)
         mean = self.mean_norm(frames.mean(1) if valid is None else (frames * valid).sum(1) / valid.sum(1))
@@ -338,17 +338,17 @@ class BandSplitExtractor(Network):
         mean = embedding[:, : self.classifier.in_features].reshape(len(audio), -1, self.config.channels)
         voice = embedding[:, self.classifier.in_features :].reshape(len(audio), -1, self.config.features)
         spectrum = self._spectrum(audio)
-        frames = self.split(self._compress(spectrum))
+        frames = self._step(BandSplit)(self.split, self._compress(spectrum))
         time_step, full_step = self._step(TimeBlock), self._step(FullBandBlock)
         for film, time_block, full_block in zip(self.film, self.time_blocks, self.full_blocks, strict=True):
             frames = self._run_block(time_step, time_block, frames, film(mean)[:, None], valid)
             frames = self._run_block(full_step, full_block, frames, voice, valid)
-        mask = torch.view_as_complex(self.mask(frames))
+        mask = torch.view_as_complex(self._step(BandMask)(self.mask, frames))
         masked = F.pad(spectrum[:, :, : self.config.bins] * mask, (0, spectrum.shape[2] - self.config.bins))
         return (self._waveform(masked, audio.shape[1]),)
 
-    def _step(self, kind: type[TimeBlock] | type[FullBandBlock]) -> Callable[..., Tensor]:
-        """Return what runs a block of a kind: its layers, or in compiled training one compiled function for all."""
+    def _step(self, kind: type[nn.Module]) -> Callable[..., Tensor]:
+        """Return what runs a module of a kind: its layers, or in compiled training one compiled function for all."""
         return compile_once(kind.forward) if self.compiled and self.training else kind.__call__
 
     def _spectrum(self, audio: Wave) -> Complex[Tensor, "batch frames bins"]:
