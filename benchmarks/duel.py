@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from onevoice.config import load_config
-from onevoice.evaluation.summary import FAILURE_DB, bootstrap_interval
+from onevoice.evaluation.summary import bootstrap_interval, failure_rate
 from onevoice.processes import keep_freed_memory
 from onevoice.training.experiment import ConstantConfig, Experiment
 from onevoice.training.run import Trainer
@@ -84,7 +84,7 @@ class Contender:
         found = score_trials(trainer.state.weights, trainer.validation_trials, trainer.device) or []
         self.scores = [score.improvement for score in found if score.improvement is not None]
         error = statistics.stdev(self.scores) / len(self.scores) ** 0.5
-        failures = sum(score < FAILURE_DB for score in self.scores) / len(self.scores)
+        failures = failure_rate(self.scores) or 0.0
         row = (
             f"{self.name:24}{self.used:8.0f}{self.examples:10}{self.examples / self.used:8.1f}"
             f"{statistics.fmean(self.train_si_sdr):8.2f}{statistics.fmean(self.scores):8.2f} ± {error:.2f}"

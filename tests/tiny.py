@@ -1,9 +1,11 @@
 """A network of a few thousand weights, its checkpoint, and commands run in this process."""
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,3 +67,14 @@ def process(arguments: Sequence[object], prepare: Any = None, **environment: str
         capture_output=True, text=True, check=False, preexec_fn=prepare,
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Limit every file to `size` bytes, in this process and the processes it starts."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

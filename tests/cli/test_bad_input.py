@@ -1,13 +1,11 @@
 """Bad input gives one line on standard error that names the file or key, status 2, and no half-written file."""
 
-import contextlib
 import os
-import resource
 import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +15,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import save_file
-from tiny import ROOT, TINY, Outcome, command, process, save_tiny
+from tiny import ROOT, TINY, Outcome, command, full_disk, process, save_tiny
 from toy_runs import write_experiment
 from voices import Voice, make_corpus, make_trials
 
@@ -504,17 +502,6 @@ def test_resuming_another_model(home: Home, capsys: pytest.CaptureFixture[str]) 
 
 
 # Writing --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Limit every file to `size` bytes, in this process and the processes it starts."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 FULL = "cannot be written (File too large); free space or choose another place"

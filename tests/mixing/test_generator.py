@@ -1,21 +1,20 @@
 """Runs of the generator: what they write, whatever the number of workers, the interruption or the damage."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from corpora import shard
+from tiny import full_disk
 from voices import Voice, make_corpus
 
 from onevoice.audio import read_audio
@@ -382,22 +381,11 @@ def test_a_folder_with_something_else_is_refused(corpus: Path, tmp_path: Path, n
     assert content(tmp_path) == {name: b"[]"}
 
 
-@contextlib.contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    """Make the kernel refuse to write files of more than `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("workers", "size"), [(1, 10_000), (2, 10_000), (1, 70_000)])
 def test_a_full_disk_is_one_clear_error_and_the_run_can_resume(
     made: Path, corpus: Path, tmp_path: Path, workers: int, size: int
 ) -> None:
-    with files_no_longer_than(size), pytest.raises(StorageError, match=r"cannot be written \(File too large\)"):
+    with full_disk(size), pytest.raises(StorageError, match=r"cannot be written \(File too large\)"):
         generate(corpus, tmp_path, num_workers=workers, **({"count": 400} if size > 10_000 else {}))
     assert not list(tmp_path.glob(".*"))
     assert all(data.endswith(b"\n") for name, data in content(tmp_path).items() if name.endswith("jsonl") and data)
