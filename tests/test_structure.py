@@ -12,7 +12,7 @@ from tiny import ROOT, process
 import onevoice
 
 SOURCE = ROOT / "src" / "onevoice"
-ROOMS = ("corpus", "mixing", "trials", "models", "extraction", "evaluation", "training", "cli")
+ROOMS = ("corpus", "mixing", "trials", "models", "report", "extraction", "evaluation", "training", "cli")
 
 
 def read_order() -> list[str]:
@@ -41,6 +41,8 @@ DOORS = {
     "fast_bss_eval": {"evaluation.metrics"},
     "wandb": {"training.tracking"},
     "torch.utils.tensorboard": {"training.tracking"},
+    "jinja2": {"report.page"},
+    "markupsafe": {"report", "training.report", "evaluation.report"},
     "cyclopts": {"cli"},
 }
 """The modules that may import a foreign library."""
@@ -123,6 +125,11 @@ def test_data_know_nothing_of_networks(name: str) -> None:
     assert not {room(each) for each in reaches(name)} & {"models", "extraction", "evaluation", "training"}
 
 
+@pytest.mark.parametrize("name", [name for name in modules() if room(name) == "report"])
+def test_pages_know_nothing_of_what_they_show(name: str) -> None:
+    assert {room(each) for each in reaches(name)} <= {"report", "audio", "files", "errors"}
+
+
 @pytest.mark.parametrize("name", [name for name in modules() if room(name) in ("extraction", "evaluation")])
 def test_using_and_judging_never_import_learning(name: str) -> None:
     assert "training" not in {room(each) for each in reaches(name)}
@@ -193,7 +200,7 @@ print(json.dumps([sorted(heavy), out.getvalue()]))
 """
 
 
-@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "demo", "info", "average", "schema"])
+@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "demo", "info", "report", "average", "schema"])
 def test_help_is_there_at_once(verb: str) -> None:
     done = process(["-c", HELP, json.dumps([*verb.split(), "--help"])])
     assert (done.status, done.err) == (0, "")

@@ -126,11 +126,19 @@ def write_audio(
     format does not support, and `StorageError` if the disk is full.
     """
     path = Path(path)
-    require_finite(samples, f"{path} (to be written)")
-    kind = _format_of(path)
+    encoded = encode_audio(samples, sample_rate, path.suffix, name=str(path), subtype=subtype)
+    atomic_write(path, encoded, durable=durable)
+
+
+def encode_audio(
+    samples: Mono, sample_rate: int, extension: str, *, name: str = "audio", subtype: str | None = None
+) -> bytes:
+    """Return the bytes that `write_audio` writes to a file with this `extension`; error messages start with `name`."""
+    require_finite(samples, f"{name} (to be written)")
+    kind = _format_of(name, extension)
     if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:  # some rates crash libsndfile
-        raise AudioError(f"{path}: cannot be written at {sample_rate} Hz; choose a common sample rate")
-    if path.suffix.lower() == ".opus":
+        raise AudioError(f"{name}: cannot be written at {sample_rate} Hz; choose a common sample rate")
+    if extension.lower() == ".opus":
         subtype = subtype or "OPUS"
     is_pcm16 = (subtype or soundfile.default_subtype(kind)) == "PCM_16"
     buffer = io.BytesIO()
@@ -139,9 +147,9 @@ def write_audio(
         soundfile.write(buffer, data, sample_rate, format=kind, subtype=subtype)
     except (soundfile.LibsndfileError, ValueError) as error:
         raise AudioError(
-            f"{path}: cannot be encoded at {sample_rate} Hz ({_reason(error)}); use .wav or .flac"
+            f"{name}: cannot be encoded at {sample_rate} Hz ({_reason(error)}); use .wav or .flac"
         ) from error
-    atomic_write(path, buffer.getvalue(), durable=durable)
+    return buffer.getvalue()
 
 
 def to_pcm16(samples: Mono) -> Int16[np.ndarray, "samples"]:
@@ -163,7 +171,7 @@ def pcm16_round_trip(samples: Float[np.ndarray, " samples"]) -> Float[np.ndarray
 
 def require_writable_format(path: str | Path) -> None:
     """Raise `AudioError` if the extension of `path` names no format that can be written."""
-    _format_of(Path(path))
+    _format_of(str(path), Path(path).suffix)
 
 
 def resample(samples: Mono, from_rate: int, to_rate: int) -> Float[np.ndarray, "resampled"]:
@@ -192,10 +200,10 @@ def require_not_silent(samples: Float[np.ndarray, "*any"], name: str) -> None:
         raise AudioError(f"{name}: is silent (all samples are {samples.flat[0]:g}); give a recording of speech")
 
 
-def _format_of(path: Path) -> str:
-    kind = FORMATS.get(path.suffix.lower())
+def _format_of(name: str, extension: str) -> str:
+    kind = FORMATS.get(extension.lower())
     if kind is None:
-        raise AudioError(f"{path}: unknown extension {path.suffix!r}; use .wav, .flac, .ogg or .mp3")
+        raise AudioError(f"{name}: unknown extension {extension!r}; use .wav, .flac, .ogg or .mp3")
     return kind
 
 

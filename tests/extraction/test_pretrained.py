@@ -82,7 +82,8 @@ def test_published_weights_are_whole_and_have_their_card() -> None:
 def test_weights_and_samples_are_shipped(builder: type[WheelBuilder] | type[SdistBuilder]) -> None:
     shipped = {Path(file.path) for file in builder(str(ROOT)).recurse_included_files()}
     package = ROOT / "src" / "onevoice"
-    data = {path for part in ("weights", "samples") for path in (package / "extraction" / part).iterdir()}
+    folders = ("extraction/weights", "extraction/samples", "report/assets")
+    data = {path for folder in folders for path in (package / folder).iterdir()}
     assert (
         {package / "extraction" / "weights" / "registry.json", package / "extraction" / "samples" / "mixture.flac"}
         <= data

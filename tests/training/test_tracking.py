@@ -21,6 +21,7 @@ from onevoice.training.tracking import (
     WandbConfig,
     open_tracker,
     read_rows,
+    read_samples,
 )
 
 PLAIN = TrackingConfig()
@@ -130,10 +131,10 @@ def test_sounds_are_files_with_safe_names(tmp_path: Path) -> None:
         sounds = {"mixture": sound(0.25), "enrollment": sound(0.1, 400)}
         tracker.audio(12, "a/b c", sounds, 16000)
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {
-        "step-00000012-a_b_c-mixture.wav",
-        "step-00000012-a_b_c-enrollment.wav",
+        "trial-a_b_c-mixture.wav",
+        "trial-a_b_c-enrollment.wav",
     }
-    samples, rate = read_audio(tmp_path / "samples" / "step-00000012-a_b_c-mixture.wav")
+    samples, rate = read_audio(tmp_path / "samples" / "trial-a_b_c-mixture.wav")
     assert rate == 16000
     np.testing.assert_allclose(samples, sounds["mixture"], atol=1 / 32768)
 
@@ -161,6 +162,46 @@ def test_samples_hold_the_latest_validations_only(tmp_path: Path) -> None:
     kept = {int(path.name[5:13]) for path in (tmp_path / "samples").iterdir()}
     assert kept == set(range(0, 1000, 100)[-KEPT_VALIDATIONS:])
     assert len(list((tmp_path / "samples").iterdir())) == 2 * KEPT_VALIDATIONS
+
+
+def test_sounds_that_do_not_change_are_recorded_once(tmp_path: Path) -> None:
+    """TensorBoard shows them at the first validation; resuming from before it records them again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrackingConfig(tensorboard=True)
+
+    def validate(steps: range, resume_step: int | None = None) -> None:
+        with closing(open_tracker(config, tmp_path, "run", {}, resume_step)) as tracker:
+            for step in steps:
+                tracker.audio(step, "one", {"mixture": sound(), "estimate": sound()}, 8000)
+
+    validate(range(2, 8))
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
+        "trial-one-mixture.wav", *(f"step-{step:08d}-one-estimate.wav" for step in range(3, 8))
+    }  # fmt: skip
+    validate(range(8, 10), resume_step=7)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"audio": 0, "images": 0}).Reload()
+    assert [player.step for player in events.Audio("one/mixture")] == [2]
+    assert [image.step for image in events.Images("one/mixture/spectrogram")] == [2]
+    assert [player.step for player in events.Audio("one/estimate")] == list(range(2, 10))
+    validate(range(1, 2), resume_step=0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"audio": 0}).Reload()
+    assert [player.step for player in events.Audio("one/mixture")] == [1]
+
+
+def test_samples_are_read_back_by_trial(tmp_path: Path) -> None:
+    with closing(open_tracker(PLAIN, tmp_path, "run", {})) as tracker:
+        for step in (4, 8):
+            for name in ("b-target", "a"):
+                tracker.audio(step, name, {kind: sound() for kind in ("mixture", "target", "estimate")}, 8000)
+    one, other = read_samples(tmp_path)
+    assert (one.name, other.name) == ("a", "b-target")
+    assert {kind: path.name for kind, path in other.constant.items()} == {
+        "mixture": "trial-b-target-mixture.wav", "target": "trial-b-target-target.wav"
+    }  # fmt: skip
+    assert [(step, path.name) for step, path in one.estimates.items()] == [
+        (4, "step-00000004-a-estimate.wav"), (8, "step-00000008-a-estimate.wav"),
+    ]  # fmt: skip
 
 
 def test_a_tracker_without_a_folder_records_nothing() -> None:
@@ -223,6 +264,7 @@ def test_tensorboard_shows_scalars_and_sounds_without_the_steps_that_were_repeat
     players = events.Audio("trial-0/estimate")
     assert [player.step for player in players] == [3, 7, 11]
     assert players[0].sample_rate == 8000.0
+    assert [image.step for image in events.Images("trial-0/estimate/spectrogram")] == [3, 7, 11]
     assert "experiment/text_summary" in events.Tags()["tensors"]
 
 
@@ -251,6 +293,13 @@ def test_wandb_offline_needs_no_network_and_keeps_the_run_id(offline_wandb: Path
     assert [part for part in expected if part not in content] == []
     [player] = run.rglob("*.wav")
     assert len(read_audio(player)[0]) == 800
+    [table] = run.rglob("*.table.json")
+    columns, [row] = json.loads(table.read_text()).values()
+    shown = {name: value for name, value in zip(columns, row, strict=True) if value is not None}
+    assert shown == {"trial": "trial-0", "step": 3, "estimate": "Audio", "estimate spectrogram": "Image"}
+    sample = (offline_wandb / "samples" / "step-00000003-trial-0-estimate.wav").read_bytes()
+    staged = [path.read_bytes() for path in (offline_wandb.parent / "home").rglob("*") if path.is_file()]
+    assert sample in staged
 
     record(offline_wandb, range(4, 5), resume_step=3, config=config)
     assert (offline_wandb / "wandb_id.txt").read_text() == run_id

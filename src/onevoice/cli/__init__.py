@@ -1,4 +1,4 @@
-"""The command `onevoice`, one page for each family of verbs: `using`, `training` and `data`.
+"""The command `onevoice`, one page for each family of verbs: `using`, `training`, `reports` and `data`.
 
 In: the words of a command line. Out: the exit status, and what the verb prints. A verb is a thin function over the
 package and imports what it needs when it runs, so that help appears at once. This room computes nothing, and no other
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cyclopts import App, CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, UnknownCommandError
 from cyclopts.exceptions import RepeatArgumentError, UnknownOptionError, UnusedCliTokensError
 
-from onevoice.cli import data, training, using
+from onevoice.cli import data, reports, training, using
 from onevoice.errors import OnevoiceError
 
 app = App(
@@ -31,6 +31,7 @@ app.command(using.eval_, name="eval", group=using.GROUP)
 app.command(training.train, group=training.GROUP)
 app.command(training.average, group=training.GROUP)
 app.command(training.schema, group=training.GROUP)
+app.command(reports.report, group=reports.GROUP)
 app.command(data.mix, group=data.GROUP)
 app.command(data.corpus_app)
 

@@ -95,15 +95,29 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None
 def load_checkpoint(path: str | Path) -> tuple[State, Card]:
     """Read the weights and the card of a `.safetensors` checkpoint. Raises `CheckpointError`."""
     path = _existing(path)
+    text = _card_text(path)
+    try:
+        state = load_tensors(path.read_bytes())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); copy it again") from error
+    return state, _read_card(text, path)
+
+
+def read_card(path: str | Path) -> Card:
+    """Read the card of a `.safetensors` checkpoint without its weights. Raises `CheckpointError`."""
+    path = _existing(path)
+    return _read_card(_card_text(path), path)
+
+
+def _card_text(path: Path) -> str:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        state = load_tensors(path.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error}); copy it again") from error
     if CARD_KEY not in metadata:
         raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
-    return state, _read_card(metadata[CARD_KEY], path)
+    return str(metadata[CARD_KEY])
 
 
 def load_weights(path: str | Path) -> tuple[State, Card | None]:

@@ -3,22 +3,26 @@
 A run lives in one folder:
 
     config.json           the experiment, with every default written out
+    environment.json      versions, commit and machine of the latest start
     metrics.jsonl         one line per log step and per validation
     best.safetensors      the weights with the best mean SI-SDRi on the validation trials: the ones to use
     last.safetensors      the weights of the last save
     last.resume.pt        what resuming needs: `train.py --r RUN/last.safetensors`
     epoch-NNNN.safetensors  weights of earlier epochs, if the config asks for them
-    samples/              audio examples of the latest validations
+    samples/              audio of some validation trials
     tensorboard/, wandb/  if switched on
 """
 
 import contextlib
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -265,9 +269,23 @@ class Trainer:
         if not self.group.is_first:
             return Tracker()
         settings = to_dict(self.experiment)
-        atomic_write(self.folder / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+        for name, values in (("config", settings), ("environment", self._environment())):
+            atomic_write(self.folder / f"{name}.json", json.dumps(values, indent=2).encode() + b"\n")
         step = self.state.progress.step or None
         return open_tracker(self.experiment.tracking, self.folder, self.experiment.name, settings, step)
+
+    def _environment(self) -> dict[str, Any]:
+        """Describe what the run runs on."""
+        named = {"device": torch.cuda.get_device_name(self.device)} if self.device.type == "cuda" else {}
+        return {
+            **provenance(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "device": str(self.device),
+            **named,
+            "processes": self.group.size,
+            "threads": torch.get_num_threads(),
+        }
 
     def _open_display(self) -> Display:
         return Display(self.state.progress.step, self.last_step, enabled=self.group.is_first)

@@ -1,6 +1,8 @@
 """The record of a training run, in its folder and, if configured, in TensorBoard and W&B; and what it shows.
 
-`metrics.jsonl` (one JSON object per line) and `samples/` (WAV files of the latest validations) are always written.
+`metrics.jsonl` (one JSON object per line) and `samples/` (WAV files) are always written. `samples/` has the mixture,
+enrollment and target of each recorded trial once, as `trial-NAME-KIND.wav`, and its estimates in the latest
+validations, as `step-STEP-NAME-estimate.wav`.
 The packages for TensorBoard and Weights & Biases are imported only if the config asks for them.
 
 A run that was killed and resumed leaves the record of a run without a break: resuming drops what was recorded after
@@ -16,26 +18,30 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from onevoice.audio import Mono, write_audio
+from onevoice.audio import Mono, read_audio, write_audio
 from onevoice.config import STRICT
 from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.files import atomic_write, storage_errors, to_json_lines
+from onevoice.report.sounds import power_db, spectrogram_rgb
 
 KEPT_VALIDATIONS = 5
-"""`samples/` holds the sounds of this many latest validations."""
+"""`samples/` holds the estimates of this many latest validations."""
 
 SoundKind = Literal["mixture", "enrollment", "target", "estimate"]
+CONSTANT_KINDS: tuple[SoundKind, ...] = ("mixture", "enrollment", "target")
+"""The sounds of a validation trial that training does not change; they are recorded once."""
+_SAMPLE = re.compile(r"(?:trial|step-(?P<step>\d{8,}))-(?P<name>.+)-(?P<kind>mixture|enrollment|target|estimate)\.wav")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -61,7 +67,9 @@ class TrackingConfig:
     tensorboard: bool = False
     """Also write TensorBoard event files to the folder `tensorboard/` of the run."""
     audio_examples: NonNegativeInt = 3
-    """Number of validation trials whose sounds are recorded at each validation."""
+    """Number of validation trials whose sounds and spectrograms are recorded at each validation."""
+    pesq_examples: NonNegativeInt = 0
+    """Number of validation trials whose mean PESQ is recorded at each validation; above 0 it needs the extra `eval`."""
 
 
 class Tracker:
@@ -92,21 +100,37 @@ class Tracker:
             self.wandb_run.log({"step": step, "epoch": epoch, **numbers})
 
     def audio(self, step: int, name: str, sounds: Mapping[SoundKind, Mono], sample_rate: int) -> None:
-        """Record the sounds of one trial, turned down to full scale if louder, with zeros for non-finite samples."""
+        """Record the sounds of one trial, turned down to full scale if louder, with zeros for non-finite samples.
+
+        Mixture, enrollment and target are recorded at the first call only. TensorBoard and W&B also get spectrograms.
+        """
         if self.folder is None:
             return
-        for kind, samples in sounds.items():
-            finite = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-            playable = finite / max(1.0, float(np.abs(finite).max(initial=0.0)))
-            file_name = re.sub(r"[^\w.-]+", "_", name)
-            path = self.folder / "samples" / f"step-{step:08d}-{file_name}-{kind}.wav"
-            write_audio(path, playable, sample_rate, durable=False)
-            if self.tensorboard is not None:
-                self.tensorboard.add_audio(f"{name}/{kind}", playable[None], step, sample_rate=sample_rate)
-            if self.wandb_run is not None:
-                player = importlib.import_module("wandb").Audio(playable, sample_rate, f"{name} {kind}")
-                self.wandb_run.log({"step": step, f"{name}/{kind}": player})
+        playable = {kind: _playable(samples) for kind, samples in sounds.items()}
+        paths = {kind: self._sample_path(step, name, kind) for kind in playable}
+        new = [kind for kind, path in paths.items() if kind == "estimate" or not path.exists()]
+        for kind in new:
+            write_audio(paths[kind], playable[kind], sample_rate, durable=False)
+        if self.tensorboard is not None or self.wandb_run is not None:
+            levels = {kind: power_db(samples, sample_rate) for kind, samples in playable.items()}
+            loudest = max(float(each.max()) for each in levels.values())
+            for kind in new:
+                self._show(step, f"{name}/{kind}", playable[kind], sample_rate, spectrogram_rgb(levels[kind], loudest))
         _keep_samples(self.folder, step)
+
+    def _show(self, step: int, name: str, samples: Mono, sample_rate: int, spectrogram: Any) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.add_audio(name, samples[None], step, sample_rate=sample_rate)
+            self.tensorboard.add_image(f"{name}/spectrogram", spectrogram, step, dataformats="HWC")
+        if self.wandb_run is not None:
+            library = importlib.import_module("wandb")
+            shown = {name: library.Audio(samples, sample_rate, name), f"{name}/spectrogram": library.Image(spectrogram)}
+            self.wandb_run.log({"step": step, **shown})
+
+    def _sample_path(self, step: int, name: str, kind: SoundKind) -> Path:
+        place = f"step-{step:08d}" if kind == "estimate" else "trial"
+        safe_name = re.sub(r"[^\w.-]+", "_", name)
+        return Path(str(self.folder)) / "samples" / f"{place}-{safe_name}-{kind}.wav"
 
     def flush(self) -> None:
         """Bring the records to disk, safe from a power failure; call it before saving a checkpoint."""
@@ -146,21 +170,19 @@ class Display:
         """Show one more step."""
         self.bar.update()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of a log line."""
+    def log(self, step: int, values: Mapping[str, float]) -> float:
+        """Show the values of a log line; return the steps per second since the last one."""
+        speed = (step - self.measured_step) / max(time.monotonic() - self.measured_time, 1e-9)
+        self.start(step)
         results = [f"loss {values['loss']:.4g}"] if "loss" in values else []
         results += [f"SI-SDR {values['si_sdr_db']:.2f} dB"] if "si_sdr_db" in values else []
         if self.has_bar:
             self.bar.set_postfix_str(", ".join(results), refresh=False)
         elif self.enabled:
-            speed = (step - self.measured_step) / max(time.monotonic() - self.measured_time, 1e-9)
-            self.start(step)
-            results += [
-                f"learning rate {values['learning_rate']:.3g}",
-                f"{speed:.3g} steps/s",
-                f"{tqdm.format_interval((self.last_step - step) / speed)} left",
-            ]
+            left = tqdm.format_interval((self.last_step - step) / speed) if speed else "?"
+            results += [f"learning rate {values['learning_rate']:.3g}", f"{speed:.3g} steps/s", f"{left} left"]
             print(f"step {step}/{self.last_step}: {', '.join(results)}", file=sys.stderr, flush=True)
+        return speed
 
     def say(self, line: str, echo: Callable[[str], None]) -> None:
         """Call `echo(line)` without garbling the bar."""
@@ -196,8 +218,12 @@ def open_tracker(
         rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= last_step]
         atomic_write(folder / "metrics.jsonl", to_json_lines(rows))
         _keep_samples(folder, last_step)
+        if not any(sounds.estimates for sounds in read_samples(folder)):  # the first validation is still to come
+            _remove(path for sounds in read_samples(folder) for path in sounds.constant.values())
         tracker = Tracker(folder, tensorboard, wandb_run)
         tracker.resources.callback(resources.pop_all().close)
+        if wandb_run is not None:
+            tracker.resources.callback(_log_table, wandb_run, folder)
     return tracker
 
 
@@ -214,14 +240,67 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class TrialSounds(NamedTuple):
+    """The recorded sounds of one validation trial."""
+
+    name: str
+    constant: dict[str, Path]
+    """Mixture, enrollment and target."""
+    estimates: dict[int, Path]
+    """The estimates by step, in order."""
+
+
+def read_samples(folder: Path) -> list[TrialSounds]:
+    """Return the recorded sounds of a run by trial, by name. Runs of earlier versions have all sounds at every step."""
+    trials: dict[str, TrialSounds] = {}
+    for path in sorted(folder.glob("samples/*.wav"), key=lambda path: (path.name.startswith("trial-"), path.name)):
+        match = _SAMPLE.fullmatch(path.name)
+        if match is None:
+            continue
+        sounds = trials.setdefault(match["name"], TrialSounds(match["name"], {}, {}))
+        if match["kind"] == "estimate":
+            sounds.estimates[int(match["step"])] = path
+        else:
+            sounds.constant[match["kind"]] = path
+    return sorted(trials.values(), key=lambda sounds: sounds.name)
+
+
+def _playable(samples: Mono) -> Mono:
+    finite = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    return np.asarray(finite / max(1.0, float(np.abs(finite).max(initial=0.0))))
+
+
 def _keep_samples(folder: Path, last_step: int) -> None:
-    """Remove the files of `samples/` except those of the latest validations up to `last_step`."""
+    """Remove the estimates in `samples/` except those of the latest validations up to `last_step`."""
     named = {path: re.match(r"step-(\d{8,})-.+\.wav$", path.name) for path in folder.glob("samples/step-*.wav")}
     steps = {path: int(match[1]) for path, match in named.items() if match}
     kept = sorted({step for step in steps.values() if step <= last_step})[-KEPT_VALIDATIONS:]
-    for path in (path for path, step in steps.items() if step not in kept):
+    _remove(path for path, step in steps.items() if step not in kept)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         with storage_errors(path):
             path.unlink(missing_ok=True)
+
+
+def _log_table(wandb_run: Any, folder: Path) -> None:
+    """Give W&B a table of the recorded trials with their latest estimates: players and spectrograms."""
+    trials = [sounds for sounds in read_samples(folder) if sounds.estimates]
+    if not trials:
+        return
+    library = importlib.import_module("wandb")
+    kinds = (*CONSTANT_KINDS, "estimate")
+    table = library.Table(["trial", "step", *kinds, *(f"{kind} spectrogram" for kind in kinds)])
+    for sounds in trials:
+        step, estimate = max(sounds.estimates.items())
+        paths = {**sounds.constant, "estimate": estimate}
+        levels = {kind: power_db(*read_audio(path)) for kind, path in paths.items()}
+        loudest = max(float(each.max()) for each in levels.values())
+        players = [library.Audio(str(paths[kind])) if kind in paths else None for kind in kinds]
+        images = [library.Image(spectrogram_rgb(levels[kind], loudest)) if kind in paths else None for kind in kinds]
+        table.add_data(sounds.name, step, *players, *images)
+    wandb_run.log({"validation trials": table})
 
 
 def _open_tensorboard(folder: Path, first_step: int, experiment: Mapping[str, Any]) -> Any:

@@ -1,0 +1,94 @@
+"""Audio as a page shows it: a file to play, a waveform and a spectrogram, all inline."""
+
+import base64
+import itertools
+import struct
+import zlib
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from onevoice.audio import Mono, encode_audio
+
+WINDOW_SECONDS = 0.032
+MAX_COLUMNS, ROWS = 600, 128
+"""Size of a spectrogram in pixels; short audio has fewer columns."""
+RANGE_DB = 70.0
+"""Levels from 0 dB, the loudest cell of the group, down to minus this many dB have a color of their own."""
+WAVEFORM_COLUMNS = 300
+ANCHORS = ((10, 7, 30), (66, 24, 110), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 180))
+"""The colors from silence to the loudest, evenly spaced; lightness rises all the way."""
+COLORS = 48
+
+
+def audio_uri(samples: Mono, sample_rate: int) -> str:
+    """Return audio as a data URI: FLAC, which is lossless and plays in every browser."""
+    return _uri("audio/flac", encode_audio(samples, sample_rate, ".flac"))
+
+
+def waveform_path(samples: Mono, peak: float) -> str:
+    """Return an SVG path of the envelope in a box of `WAVEFORM_COLUMNS` by 100; `peak` reaches its edges."""
+    columns = min(WAVEFORM_COLUMNS, len(samples))
+    starts = np.arange(columns) * len(samples) // columns
+    scale = 50 / max(peak, 1e-9)
+    high, low = (50 - scale * edge.reduceat(samples, starts) for edge in (np.maximum, np.minimum))
+    x = (np.arange(columns) + 0.5) * (WAVEFORM_COLUMNS / columns)
+    outline = [*zip(x, high, strict=True), *zip(x[::-1], low[::-1], strict=True)]
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in outline) + "Z"
+
+
+def power_db(samples: Mono, sample_rate: int) -> Float[np.ndarray, "rows columns"]:
+    """Return the spectrogram in dB: `ROWS` bands up to half the sample rate, from high to low, over time.
+
+    The mean power of all frames in a column is shown, so that no sound between two columns is lost.
+    """
+    size = max(2 * ROWS, 2 * round(sample_rate * WINDOW_SECONDS / 2))
+    hop = size // 4
+    padded = np.pad(samples.astype(np.float32), (size // 2, size // 2 + hop))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+    columns = min(MAX_COLUMNS, len(frames))
+    edges = np.arange(columns + 1) * len(frames) // columns
+    bands = np.arange(ROWS) * (size // 2) // ROWS
+    window = np.hanning(size).astype(np.float32)
+    power = np.empty((ROWS, columns), np.float32)
+    for column, (start, stop) in enumerate(itertools.pairwise(edges)):
+        spectrum = np.abs(np.fft.rfft(frames[start:stop] * window)) ** 2
+        power[:, column] = np.add.reduceat(spectrum.mean(0)[: size // 2], bands)
+    return np.asarray(10 * np.log10(power[::-1] + 1e-12))
+
+
+def spectrogram_uri(levels_db: Float[np.ndarray, "rows columns"], loudest_db: float) -> str:
+    """Return a spectrogram as the data URI of a PNG image; `loudest_db` has the brightest color."""
+    return _uri("image/png", _png(_shades(levels_db, loudest_db), _palette()))
+
+
+def spectrogram_rgb(levels_db: Float[np.ndarray, "rows columns"], loudest_db: float) -> UInt8[np.ndarray, "r c 3"]:
+    """Return a spectrogram as pixels in red, green and blue."""
+    return np.asarray(_palette()[_shades(levels_db, loudest_db)])
+
+
+def _shades(levels_db: Float[np.ndarray, "rows columns"], loudest_db: float) -> UInt8[np.ndarray, "rows columns"]:
+    shades = np.clip(1 + (levels_db - loudest_db) / RANGE_DB, 0, 1)
+    return np.rint(shades * (COLORS - 1)).astype(np.uint8)
+
+
+def _palette() -> UInt8[np.ndarray, "colors rgb"]:
+    places = np.linspace(0, len(ANCHORS) - 1, COLORS)
+    channels = [np.interp(places, np.arange(len(ANCHORS)), channel) for channel in zip(*ANCHORS, strict=True)]
+    return np.stack(channels, 1).astype(np.uint8)
+
+
+def _png(pixels: UInt8[np.ndarray, "rows columns"], palette: UInt8[np.ndarray, "colors rgb"]) -> bytes:
+    """Encode an image of palette indices (PNG specification, W3C 2003, color type 3)."""
+    rows, columns = pixels.shape
+    scanlines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # each begins with filter type 0, none
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", zlib.compress(scanlines, 9)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
