@@ -1,4 +1,4 @@
-"""Writing files so that a file is complete once it has its name, and reading and writing rows of JSON."""
+"""Writing files so that a file is complete once it has its name, rows of JSON, and what kind of file a file is."""
 
 import contextlib
 import json
@@ -67,6 +67,43 @@ def to_json_lines(rows: Iterable[Row]) -> bytes:
 def to_json(values: Row) -> bytes:
     """Return a JSON object as indented text."""
     return json.dumps(values, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+KINDS = (
+    (b"RIFF", "a WAV recording"),
+    (b"fLaC", "a FLAC recording"),
+    (b"OggS", "an Ogg recording"),
+    (b"ID3", "an MP3 recording"),
+    (b"\xff\xfb", "an MP3 recording"),
+    (b"PK", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x80", "a pickle"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8", "a JPEG image"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x7fELF", "a program"),
+    (b"version https://git-lfs", "a Git LFS pointer, whose file was not downloaded"),
+    (b"<", "an HTML or XML page"),
+    (b"{", "JSON"),
+    (b"[", "JSON"),
+)
+"""How files begin, and what they then are."""
+
+
+def describe_file(path: Path) -> str | None:
+    """Return what kind of file this is by its first bytes, such as "a WAV recording"; None if they do not tell."""
+    with path.open("rb") as stream:
+        start = stream.read(1000)
+    if not start:
+        return "an empty file"
+    if start[4:9] == b"\0\0\0\0{":
+        return None  # .safetensors: the length of a header in JSON comes first, and may look like anything
+    for magic, kind in KINDS:
+        if start.startswith(magic):
+            return kind
+    text = start.decode("utf-8", errors="ignore")
+    return "text" if len(text) > 0.99 * len(start) and text.replace("\n", "").replace("\t", "").isprintable() else None
 
 
 def append_whole(stream: FileIO, data: bytes) -> None:

@@ -2,9 +2,10 @@
 
 A checkpoint is one `.safetensors` file. Its header holds a card: format number, model name and config, sample rate, the
 training speakers in the order of the classifier, and facts (package version, git commit, data, step, validation score).
-Reading it never runs code from the file. Files of the original system (`.pth`, a pickled dict with `state_dict`) can be
-read too, restricted to tensors and plain containers. Writing is atomic. What only resuming needs is in a second file,
-`<name>.resume.pt`, complete in itself, so that a crash between the two writes never mixes two moments of training.
+Reading it never runs code from the file. Pickled dicts with `state_dict` (`.pth`) can be read too, restricted to
+tensors and plain containers; those of the original system are converted (`original.py`). Writing is atomic. What only
+resuming needs is in a second file, `<name>.resume.pt`, complete in itself, so that a crash between the two writes never
+mixes two moments of training.
 
 Weights are named by a spec:
 
@@ -41,7 +42,8 @@ from torch import Tensor
 
 from onevoice.config import STRICT, from_dict, load_config, to_dict
 from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
-from onevoice.files import atomic_write
+from onevoice.extraction.original import OriginalCheckpoint, convert_checkpoint
+from onevoice.files import atomic_write, describe_file
 from onevoice.models import MODELS, ModelConfig, Network
 
 FORMAT = 1
@@ -52,6 +54,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The folder of the published weights and their registry."""
 
 REGISTRY = "registry.json"
+PICKLES = ("a zip archive", "a pickle", None)
+"""What `describe_file` may return for a file of `torch.save`, damaged or not."""
 EXTENSIONS = (".safetensors", ".pth")
 """A spec with one of these endings is a path, whether or not the file exists."""
 
@@ -114,21 +118,40 @@ def _card_text(path: Path) -> str:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); copy it again") from error
+        raise _unreadable(path, str(error)) from error
     if CARD_KEY not in metadata:
         raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
     return str(metadata[CARD_KEY])
 
 
 def load_weights(path: str | Path) -> tuple[State, Card | None]:
-    """Read the weights of a checkpoint, or of a `.pth` file of the original system, which has no card."""
+    """Read the weights of a checkpoint and its card. A `.pth` file has one only if the original system wrote it."""
     path = _existing(path)
     if path.suffix == ".safetensors":
         return load_checkpoint(path)
-    state = load_pickled(path).get("state_dict")
+    state, original = _load_pth(path)
+    return (state, None) if original is None else (original.state, Card(original.config, (), original.facts))
+
+
+def load_original(path: str | Path) -> OriginalCheckpoint:
+    """Read a checkpoint of the original system with what resuming needs. Raises `CheckpointError`."""
+    _, original = _load_pth(_existing(path))
+    if original is None:
+        raise CheckpointError(f"{path}: not a checkpoint of the original system; take its weights alone with --load")
+    return original
+
+
+def _load_pth(path: Path) -> tuple[State, OriginalCheckpoint | None]:
+    """Return the weights of a pickled dict under the names in the file, and its conversion if it is an original."""
+    content = load_pickled(path)
+    state = content.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{path}: has no 'state_dict' of tensors; give a .safetensors checkpoint")
-    return {name.removeprefix("module."): value for name, value in state.items()}, None
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    try:
+        return state, convert_checkpoint(content, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}; copy it again") from error
 
 
 def load_model(
@@ -136,12 +159,15 @@ def load_model(
 ) -> tuple[Network, Card]:
     """Build the network of a checkpoint with its weights, in evaluation mode, on `device`.
 
-    `config` is only for `.pth` files, which do not say which model they are. 16-bit weights become 32-bit.
+    `config` is only for files that do not say which model they are (`.pth`). 16-bit weights become 32-bit.
     """
     state, card = load_weights(path)
     if card is None:
         if config is None:
-            raise CheckpointError(f"{path}: does not say which model it is; describe the model in a config (--config)")
+            raise CheckpointError(
+                f"{path}: does not say which model it is, and is no SpexPlus of the original system (it holds "
+                f"{next(iter(state), 'nothing')}, …); describe the model in a config (--config)"
+            )
         card = Card(config)
     with warnings.catch_warnings():  # the classifier of published networks has no speakers
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -185,18 +211,20 @@ def load_pickled(path: str | Path) -> dict[str, Any]:
     Objects of foreign classes (the original system pickled its config parser) become inert placeholders.
     """
     path = _existing(path)
+    if describe_file(path) not in PICKLES:
+        raise _unreadable(path, "")
     try:
         foreign = [_placeholder(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path))]
         with torch.serialization.safe_globals(cast(Any, foreign)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not a readable checkpoint: it contains code, none of which was run; "
+            f"{path}: not a readable checkpoint: a pickle that contains code, none of which was run; "
             "give a .safetensors file or a dict with 'state_dict'"
         ) from error
     except Exception as error:  # torch raises a dozen types, one for each way in which a file can be broken
         reason = str(error).strip().split("\n")[0].split(". ")[0][:150] or type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason}); copy it again") from error
+        raise _unreadable(path, reason) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not the dict of a checkpoint")
     return content
@@ -218,8 +246,16 @@ def provenance() -> dict[str, str]:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file; onevoice info lists the published ones")
+        default = read_registry().default
+        instead = f"give your own or {default}, the weights that come with onevoice" if default else "give your own"
+        raise CheckpointError(f"{path}: no such checkpoint file; {instead} (onevoice info lists all)")
     return path
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    kind = describe_file(path)
+    what = f" ({reason}); copy it again" if kind in PICKLES else f": it is {kind}; give a .safetensors or .pth file"
+    return CheckpointError(f"{path}: not a readable checkpoint{what}")
 
 
 def _read_card(text: str, path: Path) -> Card:
@@ -245,12 +281,15 @@ def _placeholder(name: str) -> tuple[type, str]:
     """Return an inert class that stands in for the global `name` of a pickle, and the name."""
 
     class Foreign:
+        contents: Any = None
+
         def __new__(cls, *args: Any, **kwargs: Any) -> "Foreign":
             return super().__new__(cls)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-        def __setstate__(self, state: Any) -> None: ...
+        def __setstate__(self, state: Any) -> None:
+            self.contents = state
 
     return Foreign, name
 

@@ -21,6 +21,8 @@ Frames = Float[Tensor, "batch frames channels"]
 Mask = Float[Tensor, "batch frames 1"]
 ChannelsFirst = Float[Tensor, "batch channels frames"]
 MaskFirst = Float[Tensor, "batch 1 frames"]
+NORM_EPS = 1e-5
+"""Added to the variance in the global norms."""
 
 
 def pointwise(
@@ -53,7 +55,7 @@ class Pointwise(nn.Conv1d):
 class GlobalNorm(nn.Module):
     """Global layer normalization over channels and valid frames (gLN, arXiv 1809.07454, eq. 8–9)."""
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, eps: float = NORM_EPS) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
@@ -126,11 +128,19 @@ class TemporalBlock(nn.Module):
     `forward` runs the layers; `forward_compiled` runs `temporal_block` below, with the same weights and result.
     """
 
-    def __init__(self, channels: int, hidden: int, kernel_size: int, dilation: int, speaker_dim: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        kernel_size: int,
+        dilation: int,
+        speaker_dim: int = 0,
+        norm_eps: float = NORM_EPS,
+    ) -> None:
         super().__init__()
         self.expand = nn.Conv1d(channels + speaker_dim, hidden, 1)
         self.expand_prelu = nn.PReLU()
-        self.expand_norm = GlobalNorm(hidden)
+        self.expand_norm = GlobalNorm(hidden, norm_eps)
         self.depthwise = nn.Conv1d(
             hidden,
             hidden,
@@ -140,7 +150,7 @@ class TemporalBlock(nn.Module):
             padding=dilation * (kernel_size - 1) // 2,
         )
         self.depthwise_prelu = nn.PReLU()
-        self.depthwise_norm = GlobalNorm(hidden)
+        self.depthwise_norm = GlobalNorm(hidden, norm_eps)
         self.project = nn.Conv1d(hidden, channels, 1)
 
     def forward(
@@ -263,17 +273,20 @@ class SpeechEncoder(nn.Module):
     """Multi-scale speech encoder: convolutions with ReLU over windows that share hop and left edge (SpEx+, eq. 2).
 
     The waveform is padded with zeros at its end so that every sample lies in a frame and every window is whole:
-    frame t of window L covers samples [t·hop, t·hop + L).
+    frame t of window L covers samples [t·hop, t·hop + L). With `whole_frames`, samples at the end that do not fill a
+    short window get no frame.
     """
 
-    def __init__(self, filters: int, windows: Sequence[int], hop: int) -> None:
+    def __init__(self, filters: int, windows: Sequence[int], hop: int, whole_frames: bool = False) -> None:
         super().__init__()
         self.windows, self.hop = tuple(windows), hop
+        self.extra = 0 if whole_frames else hop - 1
+        """Samples to add before counting frames: all but one hop's worth makes the count round up."""
         self.scales = nn.ModuleList(nn.Conv1d(1, filters, window, stride=hop) for window in windows)
 
     def frames(self, samples: int) -> int:
         """Return the number of frames that cover `samples` samples."""
-        return max(0, -(-(samples - self.windows[0]) // self.hop)) + 1
+        return max(0, samples - self.windows[0] + self.extra) // self.hop + 1
 
     def samples(self, frames: int) -> int:
         """Return the number of samples that `frames` frames of the short window span."""
@@ -283,7 +296,7 @@ class SpeechEncoder(nn.Module):
         """Return the mask of the frames that cover each item's valid samples; None if no lengths are given."""
         if length is None:
             return None
-        beyond = (length.to(audio.device) - self.windows[0] + self.hop - 1).clamp(min=0)
+        beyond = (length.to(audio.device) - self.windows[0] + self.extra).clamp(min=0)
         count = torch.div(beyond, self.hop, rounding_mode="floor") + 1
         index = torch.arange(self.frames(audio.shape[1]), device=audio.device)
         return (index < count[:, None]).to(audio.dtype)[:, :, None]
@@ -313,7 +326,7 @@ class SpeechDecoder(nn.Module):
         self.bias = nn.Parameter(torch.empty(1).uniform_(-bound, bound))
 
     def forward(self, frames: Frames, samples: int) -> Wave:
-        """Overlap and add the frames; return the first `samples` samples.
+        """Overlap and add the frames; return the first `samples` samples, with zeros where no frame reaches.
 
         A matrix product gives the window of every frame, cut into hops; hop j of frame t is added to hop t + j.
         """
@@ -321,4 +334,6 @@ class SpeechDecoder(nn.Module):
         weight = F.pad(self.weight, (0, hops * self.hop - self.window))
         parts = pointwise(frames, weight.T).to(self.weight.dtype).reshape(*frames.shape[:2], hops, self.hop)
         shifted = (F.pad(parts[:, :, j], (0, 0, j, hops - 1 - j)) for j in range(hops))
-        return functools.reduce(torch.add, shifted).flatten(1)[:, :samples] + self.bias
+        reach = (frames.shape[1] - 1) * self.hop + self.window
+        signal = functools.reduce(torch.add, shifted).flatten(1)[:, : min(samples, reach)] + self.bias
+        return signal if signal.shape[1] == samples else F.pad(signal, (0, samples - signal.shape[1]))

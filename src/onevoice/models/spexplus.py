@@ -12,8 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onevoice.config import STRICT
-from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave, compile_once, pad_to_whole_seconds
-from onevoice.models.layers import Frames, Mask, Pointwise, SpeechDecoder, SpeechEncoder, TemporalBlock, ValidBatchNorm
+from onevoice.models.base import (
+    Embedding,
+    Lengths,
+    Network,
+    NetworkConfig,
+    Wave,
+    compile_once,
+    pad_to_whole_seconds,
+    zero_padding,
+)
+from onevoice.models.layers import (
+    NORM_EPS,
+    Frames,
+    Mask,
+    Pointwise,
+    SpeechDecoder,
+    SpeechEncoder,
+    TemporalBlock,
+    ValidBatchNorm,
+)
 
 POOLING = 3
 """Frames per max pooling window of a residual block."""
@@ -41,6 +59,10 @@ class SpExPlusConfig(NetworkConfig):
     """Stacks [R]; the speaker embedding enters at the first block of each."""
     speaker_dim: PositiveInt = 256
     """Size of the speaker embedding."""
+    norm_eps: PositiveFloat = NORM_EPS
+    """Added to the variance in the global norms; 1e-7 in the original system."""
+    whole_frames: bool = False
+    """Ignore what does not fill the last frame, and the last group of 3 speaker frames, as the original system does."""
 
     def __post_init__(self) -> None:
         """Check the kernel size and the windows."""
@@ -74,9 +96,9 @@ class SpExPlus(Network):
     def __init__(self, config: SpExPlusConfig) -> None:
         super().__init__(config)
         scales = len(config.windows)
-        self.encoder = SpeechEncoder(config.filters, config.windows, config.hop)
+        self.encoder = SpeechEncoder(config.filters, config.windows, config.hop, config.whole_frames)
         self.speaker_encoder = SpeakerEncoder(
-            scales * config.filters, config.channels, config.hidden, config.speaker_dim
+            scales * config.filters, config.channels, config.hidden, config.speaker_dim, config.whole_frames
         )
         self.classifier = nn.Linear(config.speaker_dim, config.num_classes)
         self.norm = nn.LayerNorm(scales * config.filters)
@@ -88,6 +110,7 @@ class SpExPlus(Network):
                 config.kernel_size,
                 dilation=2**index,
                 speaker_dim=0 if index else config.speaker_dim,
+                norm_eps=config.norm_eps,
             )
             for _ in range(config.stacks)
             for index in range(config.blocks)
@@ -104,7 +127,7 @@ class SpExPlus(Network):
         compiled = self.compiled and self.training
         if compiled:
             ref, ref_length = pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
-        min_samples = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms; shorter ones are padded with zeros
+        min_samples = self.encoder.samples(self.speaker_encoder.min_frames)  # 35 ms; pad shorter ones with zeros
         ref = F.pad(ref, (0, max(0, min_samples - ref.shape[1])))
         mask = self.encoder.mask(ref, None if ref_length is None else ref_length.clamp(min=min_samples))
         encode_speaker = compile_once(SpExPlus._encode_speaker) if compiled else SpExPlus._encode_speaker
@@ -123,7 +146,12 @@ class SpExPlus(Network):
         mask_first = None if mask is None else mask.transpose(1, 2)
         for block, speaker in self._blocks(embedding):
             channels_first = self._run_block(block, channels_first, speaker, mask_first)
-        return self._decode(scales, channels_first.transpose(1, 2), mask, audio.shape[1])
+        estimates = self._decode(scales, channels_first.transpose(1, 2), mask, audio.shape[1])
+        if mask is None or not self.config.whole_frames:
+            return estimates
+        hops = mask[:, :, 0].sum(1).to(torch.int64) - 1  # an item is zero beyond its last frame, without the bias
+        reaches = [hops * self.config.hop + window for window in self.config.windows]
+        return tuple(map(zero_padding, estimates, reaches))
 
     def _blocks(self, embedding: Embedding) -> Iterator[tuple[TemporalBlock, Embedding | None]]:
         """Yield every temporal block, with the embedding if the speaker enters there."""
@@ -159,11 +187,15 @@ class SpeakerEncoder(nn.Module):
 
     Layers: cLN, 1x1 conv, three residual blocks, 1x1 conv, mean over the valid frames. The embedding does not depend on
     padding or on the rest of the batch: norms, pooling and mean use valid frames only, and the mask follows the
-    length through the pooling exactly.
+    length through the pooling exactly. With `whole_groups`, the mean leaves out the 1 or 2 last frames that do not
+    fill a group of 3.
     """
 
-    def __init__(self, in_channels: int, channels: int, hidden: int, speaker_dim: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, hidden: int, speaker_dim: int, whole_groups: bool = False
+    ) -> None:
         super().__init__()
+        self.whole_groups = whole_groups
         self.norm = nn.LayerNorm(in_channels)
         self.expand = Pointwise(in_channels, channels)
         self.blocks = nn.ModuleList(
@@ -178,7 +210,7 @@ class SpeakerEncoder(nn.Module):
     @property
     def min_frames(self) -> int:
         """The smallest number of frames that leaves one frame after all pooling."""
-        return int(POOLING ** len(self.blocks))
+        return int(POOLING ** (len(self.blocks) + self.whole_groups))
 
     def forward(self, coded: Frames, mask: Mask | None = None) -> Float[Tensor, "batch speaker_dim"]:
         """Return the embedding of each enrollment; each has at least `min_frames` valid frames."""
@@ -187,6 +219,10 @@ class SpeakerEncoder(nn.Module):
             hidden = block(hidden, mask)
             mask = None if mask is None else -max_pool(-mask)
         frames: Tensor = self.project(hidden).to(coded.dtype)
+        if self.whole_groups:
+            whole = frames.shape[1] // POOLING * POOLING
+            frames = frames[:, :whole].reshape(len(frames), -1, POOLING, frames.shape[2]).mean(2)
+            mask = None if mask is None else -max_pool(-mask)
         return frames.mean(1) if mask is None else (frames * mask).sum(1) / mask.sum(1)
 
 

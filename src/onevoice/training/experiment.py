@@ -162,8 +162,8 @@ class TrainingConfig:
     """Number of equal parts of each batch that are in memory one after the other; the step learns from all of them."""
     ema: OpenFraction | None = None
     """Decay of a running average of the weights, which is what is validated and shipped; null for none."""
-    clip_gradient_norm: PositiveFloat = 5.0
-    """Maximum norm of the gradient; a larger one is scaled down to it."""
+    clip_gradient_norm: PositiveFloat | None = 5.0
+    """Maximum norm of the gradient; a larger one is scaled down to it. Null for no limit."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the matrix products; weights and statistics stay float32. float16 scales the loss."""
     compile: Annotated[bool, FREE] = False

@@ -4,6 +4,7 @@
 counts, and the host reads results when a log line is due.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -77,7 +78,7 @@ class Learner:
 
         sums = self.in_smaller_parts_if_out_of_memory(compute_gradient, batch, buffers)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient_norm or math.inf)
         finite = self.group.all(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # 1 makes a fused optimizer do nothing
         learning_rate = optimizer.param_groups[0]["lr"]
