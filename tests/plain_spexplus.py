@@ -38,10 +38,10 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return weight[:, None] * (x - mean) / torch.sqrt(variance + 1e-5) + bias[:, None]
 
 
-def global_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def global_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     mean = x.mean()
     variance = ((x - mean) ** 2).mean()
-    return weight[:, None] * (x - mean) / torch.sqrt(variance + 1e-5) + bias[:, None]
+    return weight[:, None] * (x - mean) / torch.sqrt(variance + eps) + bias[:, None]
 
 
 def batch_norm(x: Tensor, w: Weights, name: str) -> Tensor:
@@ -71,36 +71,47 @@ def residual_block(x: Tensor, w: Weights, name: str) -> Tensor:
     return max_pool(prelu(y + skip, w[f"{name}.prelu2.weight"]))
 
 
-def speaker_embedding(ref: Tensor, w: Weights, windows: tuple[int, ...], hop: int) -> Tensor:
+def speaker_embedding(ref: Tensor, w: Weights, windows: tuple[int, ...], hop: int, groups: int = 1) -> Tensor:
     y = channel_norm(
         torch.cat(encode(ref, w, windows, hop)), w["speaker_encoder.norm.weight"], w["speaker_encoder.norm.bias"]
     )
     y = conv(y, w["speaker_encoder.expand.weight"], w["speaker_encoder.expand.bias"])
     for index in range(3):
         y = residual_block(y, w, f"speaker_encoder.blocks.{index}")
-    return conv(y, w["speaker_encoder.project.weight"], w["speaker_encoder.project.bias"]).mean(1)
+    y = conv(y, w["speaker_encoder.project.weight"], w["speaker_encoder.project.bias"])
+    return y[:, : y.shape[1] // groups * groups].mean(1)
 
 
-def temporal_block(x: Tensor, w: Weights, name: str, dilation: int, embedding: Tensor | None) -> Tensor:
+def temporal_block(x: Tensor, w: Weights, name: str, dilation: int, embedding: Tensor | None, eps: float) -> Tensor:
     y = x if embedding is None else torch.cat([x, embedding[:, None].expand(-1, x.shape[1])])
     y = prelu(conv(y, w[f"{name}.expand.weight"], w[f"{name}.expand.bias"]), w[f"{name}.expand_prelu.weight"])
-    y = global_norm(y, w[f"{name}.expand_norm.weight"], w[f"{name}.expand_norm.bias"])
+    y = global_norm(y, w[f"{name}.expand_norm.weight"], w[f"{name}.expand_norm.bias"], eps)
     taps = w[f"{name}.depthwise.weight"][:, 0]
     reach = dilation * (taps.shape[1] - 1) // 2
     padded = torch.cat([torch.zeros(len(y), reach, dtype=y.dtype), y, torch.zeros(len(y), reach, dtype=y.dtype)], 1)
     z = sum(taps[:, k : k + 1] * padded[:, k * dilation : k * dilation + y.shape[1]] for k in range(taps.shape[1]))
     z = prelu(z + w[f"{name}.depthwise.bias"][:, None], w[f"{name}.depthwise_prelu.weight"])
-    z = global_norm(z, w[f"{name}.depthwise_norm.weight"], w[f"{name}.depthwise_norm.bias"])
+    z = global_norm(z, w[f"{name}.depthwise_norm.weight"], w[f"{name}.depthwise_norm.bias"], eps)
     return x + conv(z, w[f"{name}.project.weight"], w[f"{name}.project.bias"])
 
 
 def spexplus(
-    mixture: Tensor, ref: Tensor, weights: Weights, windows: tuple[int, ...], blocks: int, stacks: int
+    mixture: Tensor,
+    ref: Tensor,
+    weights: Weights,
+    windows: tuple[int, ...],
+    blocks: int,
+    stacks: int,
+    original: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the three estimates and the speaker logits of one mixture `(samples,)` and enrollment."""
+    """Return the three estimates and the speaker logits of one mixture `(samples,)` and enrollment.
+
+    The original system differs: gLN eps 1e-7, speaker frames averaged in threes, and zeros after the last frame.
+    """
+    eps = 1e-7 if original else 1e-5
     w = {name: value.double() for name, value in weights.items()}
     mixture, ref, hop = mixture.double(), ref.double(), windows[0] // 2
-    embedding = speaker_embedding(ref, w, windows, hop)
+    embedding = speaker_embedding(ref, w, windows, hop, groups=3 if original else 1)
     scales = encode(mixture, w, windows, hop)
     y = conv(
         channel_norm(torch.cat(scales), w["norm.weight"], w["norm.bias"]), w["bottleneck.weight"], w["bottleneck.bias"]
@@ -108,10 +119,10 @@ def spexplus(
     for stack in range(stacks):
         for block in range(blocks):
             name = f"temporal_blocks.{stack * blocks + block}"
-            y = temporal_block(y, w, name, 2**block, embedding if block == 0 else None)
+            y = temporal_block(y, w, name, 2**block, embedding if block == 0 else None, eps)
     estimates = []
     for index in range(3):
         mask = torch.relu(conv(y, w[f"masks.{index}.weight"], w[f"masks.{index}.bias"]))
         decoded = deconv(mask * scales[index], w[f"decoders.{index}.weight"], w[f"decoders.{index}.bias"], hop)
-        estimates.append(decoded[: len(mixture)])
+        estimates.append(torch.cat([decoded, decoded.new_zeros(len(mixture))])[: len(mixture)])
     return estimates, w["classifier.weight"] @ embedding + w["classifier.bias"]

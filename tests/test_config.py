@@ -15,6 +15,7 @@ from onevoice.errors import ConfigError
 from onevoice.evaluation.summary import EvaluationConfig
 from onevoice.models import SpExPlusConfig
 from onevoice.training.experiment import ConstantConfig, Experiment, OneCycleConfig, PlateauConfig
+from onevoice.training.tracking import WandbConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
 MINIMAL: dict[str, Any] = {"name": "x", "data": {"train": {"folder": "a"}, "validation": {"folder": "b"}}}
@@ -46,10 +47,15 @@ def test_no_shipped_config_is_missing() -> None:
 
 def test_the_original_experiment() -> None:
     experiment = load_config(Experiment, CONFIGS[0].parent / "final_run_config.json")
-    assert experiment.model == SpExPlusConfig(sample_rate=16_000, num_classes=0)
+    assert experiment.model == SpExPlusConfig(
+        sample_rate=16_000, num_classes=500, normalize_level=False, norm_eps=1e-7, whole_frames=True
+    )
     assert (experiment.optimizer.name, experiment.optimizer.learning_rate) == ("adam", 1e-3)
-    assert isinstance(experiment.scheduler, OneCycleConfig)
-    assert experiment.training.epochs == 21
+    assert experiment.scheduler == OneCycleConfig(max_learning_rate=1e-3, rising_part=0.2)
+    assert experiment.data.batch_size == 5
+    assert (experiment.training.epochs, experiment.training.early_stop_epochs) == (21, 100)
+    assert experiment.training.clip_gradient_norm is None
+    assert experiment.tracking.wandb == WandbConfig(project="ss_project", mode="online")
 
 
 @pytest.mark.parametrize("kind", [Experiment, EvaluationConfig])

@@ -57,6 +57,11 @@ def load_config(kind: type[Section], path: str | Path, overrides: Sequence[str] 
 
     Raises `ConfigError` for a missing file, invalid JSON, or values that do not fit.
     """
+    return from_dict(kind, override(read_config(path), overrides), name=str(path))
+
+
+def read_config(path: str | Path) -> Json:
+    """Return the JSON object in a file; raises `ConfigError` for a missing file, invalid JSON or another value."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -68,7 +73,7 @@ def load_config(kind: type[Section], path: str | Path, overrides: Sequence[str] 
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not a {type(values).__name__}")
-    return from_dict(kind, override(values, overrides), name=str(path))
+    return values
 
 
 def from_dict(kind: type[Section], values: Mapping[str, Any], name: str = "config") -> Section:

@@ -465,20 +465,22 @@ def test_load_of_another_model(home: Home, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("verb", ["extract", "eval", "load", "resume"])
+@pytest.mark.parametrize("verb", ["extract", "eval", "load", "resume", "resume of a run"])
 def test_code_in_a_checkpoint_is_not_run(
     home: Home, capsys: pytest.CaptureFixture[str], verb: str, zipped: bool
 ) -> None:
     trace, path = home.folder / "trace", home.folder / "bad.pth"
     torch.save({"state_dict": {"a": Malicious(trace)}}, path, _use_new_zipfile_serialization=zipped)
-    shutil.copy(path, home.folder / "bad.resume.pt")
+    if verb == "resume of a run":
+        shutil.copy(path, home.folder / "good.resume.pt")
     arguments = {
         "extract": [*home.arguments("extract")[:-1], path],
         "eval": ["eval", "-r", path, *home.arguments("eval")[3:]],
         "load": [*home.arguments("train"), "--load", path],
         "resume": [*home.arguments("train"), "-r", path],
+        "resume of a run": [*home.arguments("train"), "-r", home.checkpoint],
     }[verb]
-    check_fails(capsys, home, arguments, "bad.resume.pt" if verb == "resume" else path)
+    check_fails(capsys, home, arguments, "good.resume.pt" if verb == "resume of a run" else path)
     assert not trace.exists()
 
 

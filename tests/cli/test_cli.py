@@ -231,7 +231,7 @@ def test_ctrl_c_prints_no_traceback(capsys: pytest.CaptureFixture[str], monkeypa
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onevoice.extraction.checkpoint.load_checkpoint", interrupt)
+    monkeypatch.setattr("onevoice.extraction.checkpoint.load_weights", interrupt)
     assert command(capsys, "info", "a.safetensors") == (130, "", "interrupted\n")
 
 

@@ -193,6 +193,27 @@ def test_parity_with_the_published_equations(sample_rate: int) -> None:
     torch.testing.assert_close(ours["predicted_logits"][0].double(), logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("samples", "ref_samples"), [(1000, 1740), (1009, 3333), (1019, 2602), (1111, 1640)])
+@torch.no_grad()
+def test_parity_with_the_original_system_at_any_length(samples: int, ref_samples: int) -> None:
+    torch.manual_seed(3)
+    config = SpExPlusConfig(
+        sample_rate=16_000, filters=8, channels=8, hidden=16, blocks=3, stacks=2, speaker_dim=8,
+        normalize_level=False, norm_eps=1e-7, whole_frames=True,
+    )  # fmt: skip
+    model = SpExPlus(config).double().eval()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    mixture, ref = 0.01 * noise(1, samples).double(), 0.01 * noise(1, ref_samples, seed=2).double()
+    ours = model({"audio": mixture, "ref": ref})
+    weights = model.state_dict()
+    estimates, logits = spexplus(mixture[0], ref[0], weights, config.windows, 3, 2, original=True)
+    for our, plain in zip(ours["predicted_audio"], estimates, strict=True):
+        torch.testing.assert_close(our[0], plain, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(ours["predicted_logits"][0], logits, atol=1e-12, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -18,6 +18,9 @@ def train(
     config: Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])] = None,
     resume: Annotated[Path | None, Parameter(name=["--resume", "--r", "-r"])] = None,
     load: Annotated[str | None, Parameter(name=["--load", "-l"])] = None,
+    device: Annotated[str | None, Parameter(name=["--device", "-d"])] = None,
+    learning_rate: Annotated[float | None, Parameter(name=["--learning-rate", "--learning_rate", "--lr"])] = None,
+    batch_size: Annotated[int | None, Parameter(name=["--batch-size", "--batch_size", "--bs"])] = None,
     minutes: float | None = None,
     profile: int | None = None,
     set_: Annotated[list[str] | None, Parameter(name=["--set", "-s"], consume_multiple=True)] = None,
@@ -25,18 +28,24 @@ def train(
     """Train a model from a config; the run folder is RUNS_FOLDER/NAME, both from the config.
 
     Args:
-        config: The experiment, a JSON file. With --resume, the run's own config.json by default.
-        resume: A checkpoint of this experiment. Training resumes where it stopped, to bit-identical weights.
+        config: The experiment, a JSON file. With --resume, the run's own config.json by default. A config of the
+            original system is translated.
+        resume: A checkpoint of this experiment. Training resumes where it stopped, to bit-identical weights. A .pth of
+            the original system goes on with its weights and the moments of Adam.
         load: The weights to start from: a published NAME, a PATH or hf://OWNER/REPO. Training starts at step 0.
+        device: Where to train, instead of training.device: auto, cpu, cuda, mps, or the number of a GPU.
+        learning_rate: The learning rate, instead of optimizer.learning_rate and the top of a one-cycle schedule.
+        batch_size: Trials per step, instead of data.batch_size.
         minutes: Stop at a checkpoint after this many minutes.
         profile: Time this many steps instead of training. Prints a table, writes it and a trace to RUN/profile, and
             saves no weights.
         set_: Override keys of the config, as a.b.c=VALUE.
     """
-    from onevoice.config import load_config
+    from onevoice.config import from_dict, override, to_dict
     from onevoice.extraction.checkpoint import resolve
     from onevoice.training.distributed import group_from_environment
     from onevoice.training.experiment import Experiment
+    from onevoice.training.original import load_experiment
     from onevoice.training.run import describe_result
     from onevoice.training.run import train as run
 
@@ -47,7 +56,16 @@ def train(
             raise ConfigError("no experiment; name one with --config FILE.json, or a run with --resume CHECKPOINT")
         config = resume.parent / "config.json"
     weights = None if load is None else resolve(load)
-    experiment = load_config(Experiment, config, set_ or [])
+    is_first = group_from_environment(os.environ).is_first
+    experiment = load_experiment(config, set_ or [], print if is_first else _quiet)
+    options = {
+        "training.device": visible_device(device),
+        "data.batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+        **({"scheduler.max_learning_rate": learning_rate} if experiment.scheduler.name == "onecycle" else {}),
+    }
+    changes = [f"{key}={value}" for key, value in options.items() if value is not None]
+    experiment = from_dict(Experiment, override(to_dict(experiment), changes), name="options")
     if profile is not None:
         if minutes is not None:
             raise ConfigError("--profile and --minutes exclude each other: a profile ends after its steps")
@@ -56,8 +74,25 @@ def train(
         profile_training(experiment, profile, load=resume or weights)
         return
     folder = run(experiment, resume=resume, load=weights, minutes=minutes)
-    if group_from_environment(os.environ).is_first:
+    if is_first:
         print(describe_result(folder))
+
+
+def visible_device(device: str | None) -> str | None:
+    """Return the torch device of an option; the number of a GPU, as in the original system, hides all other GPUs.
+
+    Raises `ConfigError` for several numbers.
+    """
+    if device is None or not device.replace(",", "").isdecimal():
+        return device
+    if "," in device:
+        raise ConfigError(f"--device {device}: one process has one GPU; for several, use torchrun --nproc-per-node N")
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    return "cuda"
+
+
+def _quiet(line: str) -> None:
+    """Leave a line to the first process of the group."""
 
 
 def average(output: Path, *checkpoints: Path) -> None:

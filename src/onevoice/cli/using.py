@@ -1,12 +1,14 @@
-"""The verbs that use weights: `extract`, `demo`, `info` and `eval`."""
+"""The verbs that use weights: `extract`, `demo`, `info`, `convert` and `eval`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from onevoice.errors import ConfigError
+from onevoice.cli.training import visible_device
+from onevoice.errors import CheckpointError, ConfigError
 
 GROUP = Group("Use weights", sort_key=1)
 """The heading of these verbs in the help."""
@@ -55,10 +57,7 @@ def _model_of(config: Path | None) -> Any:
     """Return the `model` section of an eval config; None without a config."""
     if config is None:
         return None
-    from onevoice.config import load_config
-    from onevoice.evaluation.summary import EvaluationConfig
-
-    return load_config(EvaluationConfig, config).model
+    return _load_eval_config(config).model
 
 
 def demo(
@@ -96,10 +95,90 @@ def info(checkpoint: str | None = None) -> None:
         lines = [each.line(name) + " (default)" * (name == registry.default) for name, each in registry.weights.items()]
         print("\n".join(lines) or "no weights come with this installation")
         return
-    from onevoice.extraction.checkpoint import load_checkpoint
+    from onevoice.extraction.checkpoint import load_weights
 
-    state, card = load_checkpoint(resolve(checkpoint))
+    path = resolve(checkpoint)
+    state, card = load_weights(path)
+    if card is None:
+        raise CheckpointError(f"{path}: holds {len(state)} tensors, but does not say which model they belong to")
     print(json.dumps({**json.loads(card.to_json()), "weights": sum(v.numel() for v in state.values())}, indent=2))
+
+
+def convert(source: str, output: Path | None = None, *, config: EvalConfigFile = None) -> None:
+    """Convert a checkpoint (.pth) or a config (.json) of the original system: onevoice convert SOURCE [OUTPUT].
+
+    Args:
+        source: The checkpoint, or the config for training or evaluation.
+        output: The .safetensors or .json file to write. A config is printed by default.
+        config: An eval config whose `model` section describes a .pth checkpoint of another program.
+    """
+    from onevoice.extraction.checkpoint import Card, load_model, provenance, resolve, save_checkpoint
+    from onevoice.files import require_writable
+
+    suffix = ".json" if source.lower().endswith(".json") else ".safetensors"
+    if output is None and suffix == ".safetensors":
+        raise ConfigError("OUTPUT: is missing; name the .safetensors file to write")
+    if output is not None:
+        if output.suffix != suffix or output.absolute() == Path(source).absolute():
+            raise ConfigError(f"{output}: must be another file than {source}, and end in {suffix}")
+        require_writable(output)
+    if suffix == ".json":
+        _convert_config(Path(source), output)
+    elif output is not None:
+        path = resolve(source)
+        model, card = load_model(path, _model_of(config))
+        facts = {**card.facts, "converted_from": path.name, **provenance()}
+        save_checkpoint(output, model.state_dict(), Card(card.config, card.speakers, facts))
+        print(output)
+
+
+def _convert_config(source: Path, output: Path | None) -> None:
+    """Write or print the translation of a config; a line lists what has no counterpart."""
+    from onevoice.config import from_dict, read_config
+    from onevoice.evaluation.summary import EvaluationConfig
+    from onevoice.files import atomic_write, to_json
+    from onevoice.training.experiment import Experiment
+    from onevoice.training.original import is_for_evaluation, is_original, translate_evaluation, translate_experiment
+
+    values = read_config(source)
+    if not is_original(values):
+        raise ConfigError(f"{source}: not a config of the original system, so there is nothing to convert")
+    if is_for_evaluation(values):
+        kind, translation = "eval", translate_evaluation(values)
+        from_dict(EvaluationConfig, translation.values, name=str(source))
+    else:
+        kind, translation = "train", translate_experiment(values)
+        from_dict(Experiment, translation.values, name=str(source))
+    text = to_json(translation.values)
+    if output is None:
+        print(text.decode(), end="")
+    else:
+        atomic_write(output, text)
+    print(f"{output or source}: a config for onevoice {kind}; {translation.describe()}", file=sys.stderr)
+
+
+def _load_eval_config(path: Path) -> Any:
+    """Read an eval config, or take one from a training config or from a config of the original system."""
+    from onevoice.config import from_dict, read_config, to_dict
+    from onevoice.evaluation.summary import EvaluationConfig
+    from onevoice.training.experiment import Experiment
+    from onevoice.training.original import is_original, translate_evaluation
+
+    values = read_config(path)
+    if is_original(values):
+        translation = translate_evaluation(values)
+        print(f"{path}: translated from the original system; {translation.describe()}", file=sys.stderr)
+        values = translation.values
+    elif isinstance(values.get("data"), dict) and "validation" in values["data"]:
+        experiment = from_dict(Experiment, values, name=str(path))
+        print(f"{path}: a training config; its validation trials are the default", file=sys.stderr)
+        values = {
+            "data": to_dict(experiment.data.validation),
+            "batch_size": experiment.data.validation_batch_size,
+            "model": to_dict(experiment.model),
+            "device": experiment.training.device,
+        }
+    return from_dict(EvaluationConfig, values, name=str(path))
 
 
 def eval_(
@@ -114,23 +193,25 @@ def eval_(
     output: Annotated[Path | None, Parameter(name=["--output", "--o", "-o"])] = None,
     limit: int | None = None,
     metrics: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    device: str | None = None,
+    device: Annotated[str | None, Parameter(name=["--device", "-d"])] = None,
 ) -> None:
     """Score a checkpoint on trials: SI-SDR, SI-SDRi, PESQ, STOI and failure rate.
 
     Args:
         checkpoint: The weights to score: a published NAME, a PATH (usually a run's best.safetensors), or
             hf://OWNER/REPO.
-        config: A JSON file with defaults for the options below, such as configs/test_config.json.
+        config: A JSON file with defaults for the options below, such as configs/test_config.json; or a training
+            config, whose validation trials are then the default.
         folder: The folder of trials: mix/, refs/ and targets/, or NAME-mixed.wav, -ref.wav and -target.wav.
         batch_size: Trials per pass of the network. It changes the speed, not the numbers.
         jobs: Processes for the metrics; by default one per core.
         output: Write the result to this JSON file, and one row per trial to a CSV file beside it.
         limit: Use only the first trials, by name.
         metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
-        device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
+        device: Where to run the network: cpu, cuda, cuda:1, mps or the number of a GPU; auto takes the fastest one
+            available.
     """
-    from onevoice.config import from_dict, load_config, to_dict
+    from onevoice.config import from_dict, to_dict
     from onevoice.evaluation.summary import (
         EvaluationConfig,
         evaluate,
@@ -143,14 +224,14 @@ def eval_(
     from onevoice.files import require_writable
     from onevoice.trials import place_of, to_record
 
-    settings = EvaluationConfig() if config is None else load_config(EvaluationConfig, config)
+    settings = EvaluationConfig() if config is None else _load_eval_config(config)
     options: dict[str, Any] = {
         "folder": None if folder is None else str(folder),
         "batch_size": batch_size,
         "jobs": jobs,
         "limit": limit,
         "metrics": metrics,
-        "device": device,
+        "device": visible_device(device),
     }
     chosen = {key: value for key, value in options.items() if value is not None}
     if folder is not None:

@@ -110,15 +110,18 @@ class Trainer:
 
     def begin(self, resume: str | Path | None, load: str | Path | None) -> None:
         """Resume a run or load weights, as `train` describes."""
-        if resume is not None:
+        is_foreign = resume is not None and Path(resume).suffix == ".pth"
+        if resume is not None and not is_foreign:
             self.folder = Path(resume).parent  # wherever the run has been moved to
         if self.group.restarts and self.last.with_suffix(".resume.pt").exists():
             self.resume(self.last)
-        elif resume is not None:
+        elif resume is not None and not is_foreign:
             self.resume(resume)
         else:
             self.refuse_used_folder()
-            if load is not None:
+            if resume is not None:
+                self.resume_original(resume)
+            elif load is not None:
                 self.load(load)
 
     def run(self, deadline: float = math.inf, stop_request: StopRequest | None = None) -> Path:
@@ -243,11 +246,24 @@ class Trainer:
         path = self.state.load(checkpoint, self.experiment, self.source.speakers, self.source.digest)
         self.say(f"resumed {path} at epoch {self.state.progress.epoch}, step {self.state.progress.step}")
 
+    def resume_original(self, checkpoint: str | Path) -> None:
+        """Go on in a new run folder from a checkpoint of the original system; raises `CheckpointError`."""
+        self.state.load_original(checkpoint, self.steps_per_epoch)
+        progress = self.state.progress
+        if progress.step >= self.last_step:
+            raise ConfigError(f"{checkpoint}: all {progress.epoch} epochs are done; set training.epochs higher")
+        self.say(
+            f"resumed {checkpoint} at epoch {progress.epoch}, step {progress.step}, in {self.folder}: weights and "
+            "moments of Adam; its order of the data, random numbers and best score cannot be resumed"
+        )
+
     def load(self, checkpoint: str | Path) -> None:
         """Take the weights of a checkpoint alone; for other speakers the classifier is reinitialized."""
         state, card = load_weights(checkpoint)
+        if card is not None:
+            self.warn_about_other_model(checkpoint, card)
         own = self.state.model.state_dict()
-        other_speakers = card is not None and list(card.speakers) != self.source.speakers
+        other_speakers = card is not None and bool(card.speakers) and list(card.speakers) != self.source.speakers
         classifier = [name for name in own if name.startswith("classifier.")]
         if other_speakers or any(name in state and state[name].shape != own[name].shape for name in classifier):
             state = {**state, **{name: own[name] for name in classifier}}
@@ -256,6 +272,14 @@ class Trainer:
         if self.state.average is not None:
             self.state.average.model.load_state_dict(self.state.model.state_dict())
         self.say(f"weights of {checkpoint} loaded; training starts at step 0")
+
+    def warn_about_other_model(self, checkpoint: str | Path, card: Card) -> None:
+        """Say which keys of the model differ although all weights fit, because they change what the weights do."""
+        trained, now = to_dict(card.config), to_dict(self.experiment.model)
+        keys = [key for key in trained if key not in ("num_classes", "has_level") and trained[key] != now.get(key)]
+        if keys:
+            values = ", ".join(f"model.{key}={json.dumps(trained[key])}" for key in keys)
+            self.say(f"{checkpoint}: was trained with {values}; this config has other values")
 
     def refuse_used_folder(self) -> None:
         """Raise `ConfigError` if the run folder already holds a run."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import CheckpointError, ConfigError
-from onevoice.extraction.checkpoint import load_pickled, load_state, resume_path, save_resume
+from onevoice.extraction.checkpoint import load_original, load_pickled, load_state, resume_path, save_resume
+from onevoice.extraction.original import OriginalCheckpoint, convert_moments
 from onevoice.models import MODELS, Network
 from onevoice.rng import derive_seed
 from onevoice.training.distributed import Group
@@ -203,6 +205,34 @@ class TrainingState:
         self.device_sums.zero_()
         self.skips.copy_(torch.tensor([self.progress.skipped_steps, self.progress.skipped_in_a_row, 0]))
         return path
+
+    def load_original(self, path: str | Path, steps_per_epoch: int) -> None:
+        """Take over weights, moments of Adam and epoch of a checkpoint of the original system, and set the rate.
+
+        Raises `CheckpointError` if the file is no such checkpoint or belongs to another network or optimizer.
+        """
+        original = load_original(path)
+        load_state(self.model, original.state, path)
+        self.optimizer.load_state_dict(self._with_moments(original, path))
+        if self.average is not None:
+            self.average.model.load_state_dict(self.model.state_dict())
+        progress = self.progress
+        progress.epoch, progress.step = original.epoch, original.epoch * steps_per_epoch
+        progress.validated_step = progress.step
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau) and progress.step:
+            self.scheduler.last_epoch = progress.step - 1
+            with warnings.catch_warnings():  # torch expects a step of the optimizer first
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+
+    def _with_moments(self, original: OriginalCheckpoint, path: str | Path) -> dict[str, Any]:
+        """Return the state of the optimizer with the moments of another one, by the names of the parameters."""
+        try:
+            moments = convert_moments(original)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: cannot be resumed: {error}; take its weights alone with --load") from error
+        numbers = {name: number for number, (name, _) in enumerate(self.model.named_parameters())}
+        return {**self.optimizer.state_dict(), "state": {numbers[name]: own for name, own in moments.items()}}
 
 
 def read_resume_file(
