@@ -24,14 +24,12 @@ from onevoice.extraction.checkpoint import (
     Card,
     load_checkpoint,
     load_model,
-    load_pickled,
     load_state,
     load_weights,
     provenance,
-    resume_path,
     save_checkpoint,
-    save_resume,
 )
+from onevoice.extraction.pickled import load_pickled, resume_path, save_resume
 from onevoice.models import MODELS, Network, SpExPlus
 
 

@@ -15,7 +15,7 @@ from toy_runs import equal, experiment, quiet, run_command, run_group, start, we
 
 from onevoice.config import load_config
 from onevoice.errors import ConfigError
-from onevoice.extraction.checkpoint import load_pickled
+from onevoice.extraction.pickled import load_pickled
 from onevoice.training.distributed import Group, group_from_environment, open_group
 from onevoice.training.experiment import Experiment
 from onevoice.training.run import Trainer, train

@@ -26,7 +26,8 @@ from voices import make_trials
 from onevoice.audio import write_audio
 from onevoice.config import from_dict
 from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
-from onevoice.extraction.checkpoint import load_checkpoint, load_pickled, save_resume
+from onevoice.extraction.checkpoint import load_checkpoint
+from onevoice.extraction.pickled import load_pickled, save_resume
 from onevoice.training.experiment import Experiment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows

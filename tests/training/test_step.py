@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_runs import equal, experiment, quiet, weights
 
 from onevoice.errors import CheckpointError, ConfigError, TrainingError
-from onevoice.extraction.checkpoint import load_checkpoint, load_pickled
+from onevoice.extraction.checkpoint import load_checkpoint
+from onevoice.extraction.pickled import load_pickled
 from onevoice.models import Network, to_network
 from onevoice.training.experiment import AdamConfig, StableConfig
 from onevoice.training.optim import WarmupStableDecay, build_optimizer

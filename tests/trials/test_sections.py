@@ -13,7 +13,7 @@ from voices import make_trials
 from onevoice.config import from_dict, json_schema, load_config, override, to_dict
 from onevoice.errors import ConfigError
 from onevoice.evaluation.summary import EvaluationConfig
-from onevoice.extraction.checkpoint import load_pickled, save_resume
+from onevoice.extraction.pickled import load_pickled, save_resume
 from onevoice.training.experiment import DynamicTrials, Experiment, changed_settings
 from onevoice.training.run import train
 from onevoice.trials.config import (

@@ -20,9 +20,7 @@ compares them with the SHA-256 in the registry. `scripts/publish.py` adds weight
 import difflib
 import hashlib
 import importlib
-import io
 import json
-import pickle
 import re
 import subprocess
 import warnings
@@ -30,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import safetensors
 import torch
@@ -43,7 +41,8 @@ from torch import Tensor
 from onevoice.config import STRICT, from_dict, load_config, to_dict
 from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.extraction.original import OriginalCheckpoint, convert_checkpoint
-from onevoice.files import atomic_write, describe_file
+from onevoice.extraction.pickled import load_pickled, unreadable_error
+from onevoice.files import atomic_write
 from onevoice.models import MODELS, ModelConfig, Network
 
 FORMAT = 1
@@ -54,8 +53,6 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The folder of the published weights and their registry."""
 
 REGISTRY = "registry.json"
-PICKLES = ("a zip archive", "a pickle", None)
-"""What `describe_file` may return for a file of `torch.save`, damaged or not."""
 EXTENSIONS = (".safetensors", ".pth")
 """A spec with one of these endings is a path, whether or not the file exists."""
 
@@ -98,30 +95,24 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None
 
 def load_checkpoint(path: str | Path) -> tuple[State, Card]:
     """Read the weights and the card of a `.safetensors` checkpoint. Raises `CheckpointError`."""
-    path = _existing(path)
-    text = _card_text(path)
+    path, card = Path(path), read_card(path)
     try:
-        state = load_tensors(path.read_bytes())
+        return load_tensors(path.read_bytes()), card
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); copy it again") from error
-    return state, _read_card(text, path)
+        raise unreadable_error(path, str(error)) from error
 
 
 def read_card(path: str | Path) -> Card:
     """Read the card of a `.safetensors` checkpoint without its weights. Raises `CheckpointError`."""
     path = _existing(path)
-    return _read_card(_card_text(path), path)
-
-
-def _card_text(path: Path) -> str:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
+        raise unreadable_error(path, str(error)) from error
     if CARD_KEY not in metadata:
         raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
-    return str(metadata[CARD_KEY])
+    return _parse_card(metadata[CARD_KEY], path)
 
 
 def load_weights(path: str | Path) -> tuple[State, Card | None]:
@@ -192,44 +183,6 @@ def load_state(model: Network, state: Mapping[str, Tensor], path: str | Path) ->
     model.load_state_dict(state)
 
 
-def save_resume(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what resuming needs (tensors and plain values only) to `path`, atomically. Raises `StorageError`."""
-    buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
-    atomic_write(path, buffer.getvalue())
-
-
-def resume_path(checkpoint: str | Path) -> Path:
-    """Return the path of the resume file beside a checkpoint; a resume file is returned unchanged."""
-    checkpoint = Path(checkpoint)
-    return checkpoint if checkpoint.name.endswith(".resume.pt") else checkpoint.with_suffix(".resume.pt")
-
-
-def load_pickled(path: str | Path) -> dict[str, Any]:
-    """Read a dict written by `torch.save` without running any of its code. Raises `CheckpointError`.
-
-    Objects of foreign classes (the original system pickled its config parser) become inert placeholders.
-    """
-    path = _existing(path)
-    if describe_file(path) not in PICKLES:
-        raise _unreadable(path, "")
-    try:
-        foreign = [_placeholder(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path))]
-        with torch.serialization.safe_globals(cast(Any, foreign)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint: a pickle that contains code, none of which was run; "
-            "give a .safetensors file or a dict with 'state_dict'"
-        ) from error
-    except Exception as error:  # torch raises a dozen types, one for each way in which a file can be broken
-        reason = str(error).strip().split("\n")[0].split(". ")[0][:150] or type(error).__name__
-        raise _unreadable(path, reason) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not the dict of a checkpoint")
-    return content
-
-
 def provenance() -> dict[str, str]:
     """Return the package version, torch's version and, in a git checkout, the commit."""
     facts = {"onevoice": version("onevoice"), "torch": torch.__version__}
@@ -252,13 +205,7 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _unreadable(path: Path, reason: str) -> CheckpointError:
-    kind = describe_file(path)
-    what = f" ({reason}); copy it again" if kind in PICKLES else f": it is {kind}; give a .safetensors or .pth file"
-    return CheckpointError(f"{path}: not a readable checkpoint{what}")
-
-
-def _read_card(text: str, path: Path) -> Card:
+def _parse_card(text: str, path: Path) -> Card:
     try:
         card = json.loads(text)
         number, name, config = card["format"], card["model"], card["config"]
@@ -275,23 +222,6 @@ def _read_card(text: str, path: Path) -> Card:
         return Card(from_dict(MODELS[name].config_class, config), speakers, facts)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its card does not fit this onevoice ({error}); upgrade onevoice") from error
-
-
-def _placeholder(name: str) -> tuple[type, str]:
-    """Return an inert class that stands in for the global `name` of a pickle, and the name."""
-
-    class Foreign:
-        contents: Any = None
-
-        def __new__(cls, *args: Any, **kwargs: Any) -> "Foreign":
-            return super().__new__(cls)
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def __setstate__(self, state: Any) -> None:
-            self.contents = state
-
-    return Foreign, name
 
 
 # Where checkpoints come from: published with the package, on disk, on the hub

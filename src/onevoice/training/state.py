@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from onevoice.config import from_dict, to_dict
 from onevoice.errors import CheckpointError, ConfigError
-from onevoice.extraction.checkpoint import load_original, load_pickled, load_state, resume_path, save_resume
+from onevoice.extraction.checkpoint import load_original, load_state
 from onevoice.extraction.original import OriginalCheckpoint, convert_moments
+from onevoice.extraction.pickled import load_pickled, resume_path, save_resume
 from onevoice.models import MODELS, Network
 from onevoice.rng import derive_seed
 from onevoice.training.distributed import Group

@@ -63,8 +63,8 @@ def test_every_key_is_translated_or_named() -> None:
         "lr_scheduler.args.steps_per_epoch",
         "trainer.monitor",
         "trainer.verbosity",
-        "metrics",
     ]
+    assert experiment.tracking.pesq_examples == 10
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_every_key_is_translated_or_named() -> None:
         ("data.train.datasets.0", GENERAL, "data.train.folder", "a/b"),
         ("arch.args.L2", 80, "model.window_seconds", [0.005, 0.01, 0.04]),
         ("n_gpu", 1, "training.device", "auto"),
+        ("metrics", [{"type": "SISPDRMetric"}], "tracking.pesq_examples", 0),
     ],
 )  # fmt: skip
 def test_keys_with_a_counterpart(key: str, value: Any, path: str, expected: Any) -> None:
@@ -145,6 +146,7 @@ def test_a_second_data_set_is_named() -> None:
         ("arch.args.hidden", 9, r"^arch\.args\.hidden: must be 8 to match the other sizes, not 9$"),
         ("arch.args.L", 42, r"^arch\.args\.L: must be 40 to match the other sizes, not 42$"),
         ("arch.args.embed_dim", "wide", r"^arch\.args\.embed_dim: must be a whole number above 0, not 'wide'$"),
+        ("metrics", ["SNR"], r"^metrics: 'SNR' has no counterpart; choose SISPDRMetric or PESQMetric$"),
         ("preprocessing.sr", 0, r"^preprocessing\.sr: must be a whole number above 0, not 0$"),
         ("arch.args", 3, r"^arch\.args: must be an object, not 3$"),
     ],
