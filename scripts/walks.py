@@ -76,11 +76,12 @@ def training_step(folder: Path) -> Walk:
 
 def extraction(folder: Path) -> Walk:
     """Follow an extraction from the sample recordings by the default weights."""
-    import onevoice.extraction.extractor as extractor
     from onevoice.evaluation.demo import SAMPLES
+    from onevoice.extraction.extractor import load
+    from onevoice.extraction.recording import extract_file
 
     names = [str(SAMPLES / f"{name}.flac") for name in ("mixture", "enrollment")]
-    return follow(lambda: extractor.extract_file(extractor.load(device="cpu"), *names, folder / "voice.wav"))
+    return follow(lambda: extract_file(load(device="cpu"), *names, folder / "voice.wav"))
 
 
 def evaluation(folder: Path) -> Walk:
@@ -98,7 +99,7 @@ def evaluation(folder: Path) -> Walk:
 
 WALKS: dict[str, tuple[Callable[[Path], Walk], int]] = {
     "recording → gradient": (training_step, 15),
-    "command → voice": (extraction, 8),
+    "command → voice": (extraction, 13),
     "config → number": (evaluation, 10),
 }
 """Each walk, and the largest number of files it may enter."""

@@ -12,8 +12,9 @@ The rules:
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -46,11 +47,24 @@ MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768_000
 MAX_OGG_PAGE_BYTES = 65_307
 """RFC 3533."""
 
+BLOCK = 65_536
+"""Samples per channel that are read or written at a time. libsndfile's Vorbis encoder overflows its stack on long ones.
+"""
+
+MAX_WAV_BYTES = 2**32 - 2**16
+"""Longer sound does not fit the 32-bit sizes of WAV; it becomes RF64 (EBU Tech 3306), which has 64-bit ones."""
+
+UNRECOGNIZED_FORMAT, UNSUPPORTED_ENCODING = 1, 4
+"""libsndfile's error numbers for a file that is not one of its formats (sndfile.h)."""
+
 UNKNOWN_LENGTH_BYTES = 0x7FFF0000
 """A writer that cannot seek back puts a length of at least this into the header."""
 
 Mono = Float[np.ndarray, "_samples"]
 """Mono audio. Because of the underscore, two arguments may differ in length."""
+
+Block = Float[np.ndarray, "_block channels"]
+"""A piece of a recording, in the order of a file: one row per point in time."""
 
 _SIZE_MISMATCH = re.compile(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
 
@@ -76,11 +90,11 @@ def decode_audio(
     max_samples: int | None = None,
 ) -> tuple[Mono, int]:
     """Do what `read_audio` does for an existing file or an open stream; error messages start with `name`."""
-    with _open(source, name) as file:
+    with open_audio(source, name) as file:
         rate = file.samplerate
         expected = file.frames if max_samples is None else min(max_samples, file.frames)
         channels = file.read(expected, dtype="float32", always_2d=True)
-        _require_ogg_end(source, name)
+        require_ogg_end(source, name)
     if len(channels) < expected:
         raise AudioError(f"{name}: truncated ({len(channels)} of {expected} samples can be decoded); copy it again")
     if channel is not None and channel >= channels.shape[1]:
@@ -97,7 +111,7 @@ def probe_audio(source: Path | io.BufferedIOBase, name: str) -> tuple[int, int]:
 
     Raises `AudioError` if the header is unreadable or the file has no samples. Damage after the header goes unnoticed.
     """
-    with _open(require_file(source) if isinstance(source, Path) else source, name) as file:
+    with open_audio(require_file(source) if isinstance(source, Path) else source, name) as file:
         if not file.frames:
             raise AudioError(f"{name}: holds no samples")
         return file.frames, file.samplerate
@@ -135,24 +149,113 @@ def encode_audio(
 ) -> bytes:
     """Return the bytes that `write_audio` writes to a file with this `extension`; error messages start with `name`."""
     require_finite(samples, f"{name} (to be written)")
+    buffer = io.BytesIO()
+    with encode_blocks(buffer, sample_rate, extension, name=name, subtype=subtype, samples=len(samples)) as write:
+        write(samples[:, None])
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def encode_blocks(
+    stream: io.BufferedIOBase,
+    sample_rate: int,
+    extension: str,
+    *,
+    name: str = "audio",
+    channels: int = 1,
+    subtype: str | None = None,
+    samples: int = 0,
+) -> Iterator[Callable[[Block], None]]:
+    """Yield a function that appends blocks to an audio file in `stream`, in the format of an extension.
+
+    The file is complete at the end of the context. Equal blocks give equal bytes, except for the random serial number
+    of an Ogg stream. `samples` is the number to come per channel. Raises what `write_audio` raises, and the `OSError`
+    of the stream.
+    """
     kind = _format_of(name, extension)
     if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:  # some rates crash libsndfile
         raise AudioError(f"{name}: cannot be written at {sample_rate} Hz; choose a common sample rate")
     if extension.lower() == ".opus":
         subtype = subtype or "OPUS"
     is_pcm16 = (subtype or soundfile.default_subtype(kind)) == "PCM_16"
-    buffer = io.BytesIO()
+    if kind == "WAV" and 4 * samples * channels > MAX_WAV_BYTES:
+        kind = "RF64"
+    target = _ErrorKeeper(stream)
+
+    @contextlib.contextmanager
+    def explained() -> Iterator[None]:
+        try:
+            yield
+        except (soundfile.LibsndfileError, AssertionError, ValueError) as error:
+            target.check()
+            raise AudioError(
+                f"{name}: cannot be encoded at {sample_rate} Hz ({_reason(error)}); use .wav or .flac"
+            ) from error
+        target.check()
+
+    def write(block: Block) -> None:
+        with explained():
+            for first in range(0, len(block), BLOCK):
+                part = block[first : first + BLOCK]
+                file.write(to_pcm16(part) if is_pcm16 else part)
+
+    with explained():
+        file = soundfile.SoundFile(target, "w", sample_rate, channels, subtype, format=kind)
     try:
-        data = to_pcm16(samples) if is_pcm16 else samples
-        soundfile.write(buffer, data, sample_rate, format=kind, subtype=subtype)
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise AudioError(
-            f"{name}: cannot be encoded at {sample_rate} Hz ({_reason(error)}); use .wav or .flac"
-        ) from error
-    return buffer.getvalue()
+        yield write
+    except BaseException:  # the error of the caller is the one to tell
+        with contextlib.suppress(soundfile.LibsndfileError):
+            file.close()
+        raise
+    with explained():
+        file.close()
+    _erase_time(stream)
 
 
-def to_pcm16(samples: Mono) -> Int16[np.ndarray, "samples"]:
+class _ErrorKeeper:
+    """A stream for libsndfile, which loses the errors of the streams it writes to."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        return self._keep(self.stream.write, data)
+
+    def seek(self, place: int, whence: int) -> int:
+        return self._keep(self.stream.seek, place, whence)
+
+    def tell(self) -> int:
+        return self._keep(self.stream.tell)
+
+    def read(self, size: int) -> bytes:
+        return self.stream.read(size)
+
+    def _keep(self, call: Callable[..., int], *arguments: Any) -> int:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            self.error = error
+            return 0
+
+    def check(self) -> None:
+        """Raise the error of the stream, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+
+def _erase_time(stream: io.BufferedIOBase) -> None:
+    """Set the time of writing in a PEAK chunk of a WAV header to 0, so that equal sound gives equal files."""
+    stream.seek(0)
+    header = stream.read(256)
+    place = header.find(b"PEAK") if header[:4] in (b"RIFF", b"RF64") else -1
+    if place >= 0:
+        stream.seek(place + 12)
+        stream.write(bytes(4))
+    stream.seek(0, io.SEEK_END)
+
+
+def to_pcm16(samples: Float[np.ndarray, "*shape"]) -> Int16[np.ndarray, "*shape"]:
     """Round `samples` to the nearest 16-bit value, with ±1 as ±32768, and clip."""
     return np.clip(np.rint(samples * np.float32(32768)), -32768, 32767).astype(np.int16)
 
@@ -181,6 +284,24 @@ def resample(samples: Mono, from_rate: int, to_rate: int) -> Float[np.ndarray, "
     return np.ascontiguousarray(soxr.resample(samples, from_rate, to_rate, quality="HQ"))
 
 
+def resample_blocks(blocks: Iterable[Mono], from_rate: int, to_rate: int) -> Iterator[Mono]:
+    """Yield what `resample` returns for the whole of the mono `blocks`, in blocks."""
+    for (column,) in resample_columns((block[:, None] for block in blocks), 1, from_rate, to_rate):
+        yield column
+
+
+def resample_columns(blocks: Iterable[Block], channels: int, from_rate: int, to_rate: int) -> Iterator[list[Mono]]:
+    """Convert each channel of a recording from one sample rate in Hz to another, in blocks, as `resample` does."""
+    if from_rate == to_rate:
+        yield from ([np.ascontiguousarray(column) for column in block.T] for block in blocks)
+        return
+    streams = [soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ") for _ in range(channels)]
+    for block in blocks:
+        pairs = zip(streams, block.T, strict=True)
+        yield [stream.resample_chunk(np.ascontiguousarray(column)) for stream, column in pairs]
+    yield [stream.resample_chunk(np.zeros(0, np.float32), last=True) for stream in streams]
+
+
 def to_mono(channels: Float[np.ndarray, "channels samples"]) -> Mono:
     """Average the channels."""
     return np.ascontiguousarray(channels[0] if len(channels) == 1 else channels.mean(axis=0))
@@ -192,6 +313,12 @@ def require_finite(samples: Float[np.ndarray, "*any"], name: str) -> None:
         raise AudioError(f"{name}: holds no samples")
     if not np.isfinite(samples).all():
         raise AudioError(f"{name}: holds NaN or infinite samples; export it again as integer PCM")
+
+
+def require_sample_rate(sample_rate: int, name: str) -> None:
+    """Raise `AudioError`, naming `name`, for a rate in Hz that no recording has."""
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        raise AudioError(f"{name}: has a sample rate of {sample_rate} Hz; give one from 1000 to 768000 Hz")
 
 
 def require_not_silent(samples: Float[np.ndarray, "*any"], name: str) -> None:
@@ -211,7 +338,7 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
 
-def _require_ogg_end(source: Path | io.BufferedIOBase, name: str) -> None:
+def require_ogg_end(source: Path | io.BufferedIOBase, name: str) -> None:
     """Raise `AudioError` for a truncated Ogg file, which libsndfile reads without an error."""
     with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
         stream.seek(0)
@@ -232,7 +359,8 @@ def _has_last_ogg_page(tail: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _open(source: Path | io.BufferedIOBase, name: str) -> Iterator[soundfile.SoundFile]:
+def open_audio(source: Path | io.BufferedIOBase, name: str) -> Iterator[soundfile.SoundFile]:
+    """Open what libsndfile can decode; its errors become an `AudioError` that starts with `name`."""
     try:
         with soundfile.SoundFile(source) as file:
             _require_full_length(file.extra_info, name)
@@ -242,6 +370,11 @@ def _open(source: Path | io.BufferedIOBase, name: str) -> Iterator[soundfile.Sou
     except (soundfile.LibsndfileError, OSError, MemoryError, TypeError, ValueError) as error:
         reason = _reason(error) or "damaged"
         raise AudioError(f"{name}: cannot be decoded ({reason}); give WAV, FLAC, Ogg, Opus or MP3") from error
+
+
+def is_unknown_format(error: AudioError) -> bool:
+    """Check whether `open_audio` failed because libsndfile does not know the format; another decoder may know it."""
+    return getattr(error.__cause__, "code", None) in (UNRECOGNIZED_FORMAT, UNSUPPORTED_ENCODING)
 
 
 def _require_full_length(log: str, name: str) -> None:

@@ -125,7 +125,8 @@ def test_extraction_of_a_file(home: Path, tmp_path: Path) -> None:
     enrollment = str(mixture).replace("-mixed", "-ref")
     arguments = [mixture, enrollment, tmp_path / "o.wav", "--checkpoint", home / "runs/toy/best.safetensors"]
     done = good(process(["-m", "onevoice", "extract", *arguments, "--residual", tmp_path / "rest.wav"]))
-    assert (done.out, done.err) == (f"{tmp_path / 'o.wav'}\n", "")
+    assert done.out.startswith(f"{tmp_path / 'o.wav'}: 1.0 s of sound in ")
+    assert done.err == ""
     estimate, residual = read_audio(tmp_path / "o.wav"), read_audio(tmp_path / "rest.wav")
     whole = read_audio(mixture)
     assert estimate[1] == residual[1] == whole[1]

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny import full_disk
 from voices import Voice
 
 import onevoice
 from onevoice.audio import read_audio, resample, write_audio
 from onevoice.errors import AudioError, StorageError
 from onevoice.extraction.checkpoint import Card, save_checkpoint
-from onevoice.extraction.extractor import Extractor, extract_file, fit_length, match_level
+from onevoice.extraction.extractor import Extractor, match_level
+from onevoice.extraction.recording import extract_file
 from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.models.base import Embedding, Lengths, Network, NetworkConfig, Wave
 
@@ -130,11 +132,6 @@ def test_a_silent_estimate_stays_silent() -> None:
     np.testing.assert_array_equal(match_level(np.zeros(9, np.float32), np.ones(9, np.float32)), np.zeros(9))
 
 
-def test_fit_length() -> None:
-    assert fit_length(np.ones(5, np.float32), 3).tolist() == [1, 1, 1]
-    assert fit_length(np.ones(2, np.float32), 4).tolist() == [1, 1, 0, 0]
-
-
 @pytest.mark.parametrize("residual", [None, "rest.wav"])
 def test_files_add_up_to_the_mixture(extractor: Extractor, tmp_path: Path, residual: str | None) -> None:
     rate = 22050
@@ -205,21 +202,13 @@ def test_the_first_estimate_is_used_in_evaluation_mode() -> None:
     assert not any(torch.equal(first, other) for other in others)
 
 
-def test_a_failed_extraction_leaves_no_file(
-    extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_audio(tmp_path / "mixture.flac", speech(0) / 2 + speech(1) / 2, 8000)
-
-    def full_disk(path: Path, *arguments: object, **options: object) -> None:
-        if path.name == "out.wav":
-            raise StorageError(f"{path}: cannot be written")
-        write_audio(path, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("onevoice.extraction.extractor.write_audio", full_disk)
+def test_a_failed_extraction_leaves_no_file(extractor: Extractor, tmp_path: Path) -> None:
     mixture = tmp_path / "mixture.flac"
-    with pytest.raises(StorageError):
-        extract_file(extractor, mixture, mixture, tmp_path / "out.wav", tmp_path / "rest.wav")
-    assert [path.name for path in tmp_path.iterdir()] == ["mixture.flac"]
+    write_audio(mixture, speech(0) / 2 + speech(1) / 2, 8000)
+    for size, failing in ((10, "w"), (20_000, "out.wav")):
+        with full_disk(size), pytest.raises(StorageError, match=failing):
+            extract_file(extractor, mixture, mixture, tmp_path / "out.wav", tmp_path / "rest.w64")
+        assert [path.name for path in tmp_path.iterdir()] == ["mixture.flac"]
 
 
 def test_the_public_interface(tmp_path: Path) -> None:

@@ -24,33 +24,37 @@ def extract(
     *,
     pretrained: Pretrained = None,
     residual: Path | None = None,
+    channel: str = "mean",
+    force: bool = False,
     config: EvalConfigFile = None,
     device: str = "auto",
 ) -> None:
     """Extract the voice of ENROLLMENT from MIXTURE and write it to OUTPUT.
 
-    OUTPUT is mono and has the sample rate and level of MIXTURE.
+    OUTPUT is mono and has the sample rate, length and level of MIXTURE.
 
     Args:
-        mixture: The recording of several people, in any common format and at any rate; channels are averaged.
+        mixture: The recording of several people, of any length, rate and format; - is standard input.
         enrollment: Another recording, of the wanted person alone: 3 s or more is best, 0.5 s the minimum.
-        output: The file to write. Its ending sets the format; .wav is 32-bit float.
+        output: The file to write. Its ending sets the format; .wav is 32-bit float; - is standard output.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
             By default, the ones that come with onevoice.
         residual: Also write what is left, MIXTURE minus OUTPUT, to this file.
+        channel: Which channel of MIXTURE to use: 1, 2, …, their mean, or each, which keeps all channels apart.
+        force: Replace OUTPUT and the residual if they exist.
         config: An eval config whose `model` section describes a .pth checkpoint; other checkpoints need none.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
-    from onevoice.audio import require_writable_format
-    from onevoice.extraction.extractor import extract_file, load
-    from onevoice.files import require_writable
+    from onevoice.extraction.extractor import load
+    from onevoice.extraction.recording import check_files, extract_file, parse_channel
+    from onevoice.processes import keep_freed_memory
 
-    for path in (output, residual):
-        if path is not None:
-            require_writable_format(path)
-            require_writable(path)
-    extract_file(load(pretrained, _model_of(config), device), mixture, enrollment, output, residual)
-    print(output)
+    which = parse_channel(channel)
+    check_files(mixture, enrollment, output, residual, channel=which, force=force)
+    keep_freed_memory()
+    extractor = load(pretrained, _model_of(config), device)
+    done = extract_file(extractor, mixture, enrollment, output, residual, channel=which, force=force)
+    print(done.text(), file=sys.stderr if str(output) == "-" else sys.stdout)
 
 
 def _model_of(config: Path | None) -> Any:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from onevoice.audio import read_audio, write_audio
 from onevoice.evaluation.metrics import si_sdr, si_sdr_improvement
-from onevoice.extraction.extractor import Extractor, extract_file
+from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.recording import extract_file
 
 SAMPLES = Path(__file__).parents[1] / "extraction" / "samples"
 """`mixture.flac`; `enrollment.flac`, the wanted voice; `target.flac`, what that voice says in the mixture."""
@@ -41,7 +42,8 @@ def run(extractor: Extractor, folder: Path) -> Demo:
         write_audio(folder / f"{name}.wav", *read_audio(SAMPLES / f"{name}.flac"))
     voice = folder / "voice.wav"
     begin = time.perf_counter()
-    extract_file(extractor, folder / "mixture.wav", folder / "enrollment.wav", voice, folder / "residual.wav")
+    files = (folder / f"{name}.wav" for name in ("mixture", "enrollment", "voice", "residual"))
+    extract_file(extractor, *files, force=True)
     seconds = time.perf_counter() - begin
     (estimate, rate), (mixture, _), (target, _) = map(
         read_audio, (voice, folder / "mixture.wav", SAMPLES / "target.flac")

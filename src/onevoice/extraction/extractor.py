@@ -1,42 +1,59 @@
-"""Using a trained network: arrays or files in, one voice out, at the sample rate and level of the recording.
+"""A trained network and what it does with arrays: a voice from enrollments, and that voice out of a mixture.
 
 Rules for every use of a model:
 
-- Channels are averaged. Mixture and enrollment are converted to the network's sample rate, and the estimate is
-  converted back to the mixture's.
+- Channels are averaged; if they cancel each other, the loudest one is used. Mixture and enrollment are converted to the
+  network's sample rate, and the estimate is converted back to the mixture's.
 - The enrollment must last at least `MIN_ENROLLMENT_SECONDS` and must not be silent; the mixture must not be silent.
 - The level of the network's estimate is arbitrary (SI-SDR ignores it). So the estimate is scaled by the gain that
   leaves the smallest residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩. Then mixture = estimate + residual, and the
   two are orthogonal. A silent estimate stays silent.
 - A network trained with `loss.level` has a level of its own and turns its estimate down if the voice is absent. Then
   the gain is at most `MAX_GAIN`, so that the estimate is not turned up again.
+- Long recordings are processed in windows (`windows`), in constant memory.
 """
 
+import functools
+import hashlib
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onevoice.audio import Mono, read_audio, require_finite, require_not_silent, resample, to_mono, write_audio
-from onevoice.errors import AudioError, ConfigError, OnevoiceError
+from onevoice.audio import (
+    Mono,
+    require_finite,
+    require_not_silent,
+    require_sample_rate,
+    resample,
+    resample_blocks,
+    to_mono,
+)
+from onevoice.errors import AudioError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
+from onevoice.extraction.voice import Voice
+from onevoice.extraction.windows import Plan, Spool, estimate_windows, least_residual_gain, make_plan, measure_level
 from onevoice.models import Batch, ModelConfig, Network, to_network
-from onevoice.models.base import pick_device
+from onevoice.models.base import Level, pick_device
 
 MIN_ENROLLMENT_SECONDS = 0.5
 """Shorter enrollments raise an error; 3 s or more of clean speech are best."""
 MAX_GAIN = 2.0
 """Largest gain (6 dB) for the estimate of a network with a level of its own."""
 
+CANCELLATION = 0.1
+"""Channels cancel if their mean has less than this share of the power that independent channels would leave."""
+
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
 
 class Extractor:
-    """A trained network, ready to extract voices."""
+    """A trained network, ready to extract voices. Threads may share one."""
 
     def __init__(self, model: Network, card: Card) -> None:
         self.model = model.eval()
@@ -52,20 +69,132 @@ class Extractor:
         """The device that the network is on."""
         return next(self.model.parameters()).device
 
-    def extract(
-        self, mixture: Samples, sample_rate: int, enrollment: Samples, enrollment_sample_rate: int | None = None
-    ) -> Samples:
-        """Return the enrolled voice in `mixture`: mono, `(samples,)`, at the mixture's rate, type and device.
+    @property
+    def max_gain(self) -> float:
+        """The largest gain for an estimate."""
+        return MAX_GAIN if self.card.config.has_level else math.inf
 
-        Both signals are `(samples,)` or `(channels, samples)` with full scale 1.0. Rates are in Hz; the enrollment's is
-        the mixture's by default. Raises `AudioError` for empty, silent, NaN or too short input.
+    @functools.cached_property
+    def model_hash(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def enroll(self, recordings: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], sample_rate: int) -> Voice:
+        """Return the voice of a person from one recording or a list of them, of that person alone, with a rate in Hz.
+
+        Each recording is `(samples,)` or `(channels, samples)` with full scale 1.0. Raises `AudioError` for empty,
+        silent, NaN or too short input.
         """
-        sound = _as_mono(mixture, "mixture")
-        voice = _as_mono(enrollment, "enrollment")
-        estimate = self._extract(sound, sample_rate, voice, enrollment_sample_rate or sample_rate)
-        if isinstance(mixture, Tensor):
-            return torch.from_numpy(estimate).to(mixture.device, mixture.dtype)
-        return estimate.astype(mixture.dtype) if np.issubdtype(mixture.dtype, np.floating) else estimate
+        given = [recordings] if isinstance(recordings, np.ndarray | Tensor) else list(recordings)
+        sounds = [_as_mono(each, "enrollment") for each in given]
+        require_sample_rate(sample_rate, "enrollment")
+        if not sounds:
+            raise AudioError("enrollment: no recordings; give one or more")
+        for sound in sounds:
+            check_enrollment(sound, sample_rate, "enrollment")
+        return self.embed([resample(sound, sample_rate, self.sample_rate) for sound in sounds])
+
+    @torch.inference_mode()
+    def embed(self, sounds: Sequence[Mono]) -> Voice:
+        """Return the voice of mono recordings at the network's rate. Several are brought to one level and joined."""
+        if len(sounds) > 1:
+            sounds = [(sound - sound.mean()) / max(float(sound.std()), 1e-12) for sound in sounds]
+        ref = torch.from_numpy(np.concatenate(sounds))[None].to(self.device)
+        return Voice(self.model.embed(ref).float().cpu().clone(), self.model_hash)
+
+    @overload
+    def extract(
+        self,
+        mixture: Samples,
+        sample_rate: int,
+        voice: Voice | np.ndarray | Tensor,
+        enrollment_sample_rate: int | None = None,
+    ) -> Samples: ...
+
+    @overload
+    def extract(
+        self,
+        mixture: list[Samples],
+        sample_rate: int,
+        voice: Voice | np.ndarray | Tensor,
+        enrollment_sample_rate: int | None = None,
+    ) -> list[Samples]: ...
+
+    def extract(
+        self,
+        mixture: Any,
+        sample_rate: int,
+        voice: Voice | np.ndarray | Tensor,
+        enrollment_sample_rate: int | None = None,
+    ) -> Any:
+        """Return the voice in `mixture`: mono, `(samples,)`, at the mixture's rate, type and device.
+
+        A mixture is `(samples,)` or `(channels, samples)` with full scale 1.0; a list of mixtures gives a list. `voice`
+        comes from `enroll`, or is an enrollment in the form of a mixture. Rates are in Hz; the enrollment's is the
+        mixture's by default. Raises `AudioError` for empty, silent, NaN or too short input.
+        """
+        require_sample_rate(sample_rate, "mixture")
+        batch = mixture if isinstance(mixture, list) else [mixture]
+        sounds = [_as_mono(each, "mixture") for each in batch]
+        for sound in sounds:
+            require_not_silent(sound, "mixture")
+        if not isinstance(voice, Voice):
+            rate = sample_rate if enrollment_sample_rate is None else enrollment_sample_rate
+            voice = self.enroll(voice, rate)
+        results = []
+        for given, sound in zip(batch, sounds, strict=True):
+            estimate = np.concatenate(list(self.extract_chunks([sound], sample_rate, voice)))
+            results.append(_as_given(estimate, given))
+        return results if isinstance(mixture, list) else results[0]
+
+    def extract_chunks(self, chunks: Iterable[np.ndarray], sample_rate: int, voice: Voice) -> Iterator[Mono]:
+        """Yield the voice in a mono recording that comes in chunks; memory does not grow with its length.
+
+        The level of the whole matters, so nothing comes out before the last chunk is in. The lengths add up to the
+        length of the recording. Raises `AudioError` for a recording that is empty, silent or not finite.
+        """
+        samples = 0
+
+        def counted() -> Iterator[Mono]:
+            nonlocal samples
+            for chunk in chunks:
+                sound = _as_mono(chunk, "mixture")
+                samples += len(sound)
+                yield sound
+
+        with Spool() as mixture, Spool() as estimate:
+            for block in resample_blocks(counted(), sample_rate, self.sample_rate):
+                mixture.append(block)
+            if not samples:
+                raise AudioError("mixture: holds no samples")
+            gain = self.separate(mixture, estimate, voice)
+            yield from at_rate(estimate, gain, self.sample_rate, sample_rate, samples)
+
+    @torch.inference_mode()
+    def separate(
+        self, mixture: Spool, estimate: Spool, voice: Voice, report: Callable[[int], None] = lambda samples: None
+    ) -> float:
+        """Append the estimate for `mixture`, at the network's rate, to `estimate`; return the gain to apply to it.
+
+        `estimate` may hold the beginning from a run that was interrupted. `report` gets the number of samples done.
+        Raises `CheckpointError` for the voice of other weights, and `AudioError` for a silent mixture.
+        """
+        voice.require_model(self.model_hash)
+        level = measure_level(mixture)
+        if level.rms == 0:
+            raise AudioError(f"mixture: is silent (all samples are {level.mean:g}); give a recording of speech")
+        plan = make_plan(self.card.config, mixture.samples)
+        done = resume_at(plan, estimate)
+        report(estimate.samples)
+        run = functools.partial(self._estimate_window, voice.embedding.to(self.device))
+        for core in estimate_windows(run, plan, mixture, level, done):
+            estimate.append(core)
+            report(estimate.samples)
+        return least_residual_gain(estimate.blocks(), mixture.blocks(), self.max_gain)
 
     @torch.inference_mode()
     def estimate(self, batch: Batch) -> Float[Tensor, "batch samples"]:
@@ -73,17 +202,10 @@ class Extractor:
         estimate: Tensor = self.model(to_network(batch, self.device))["predicted_audio"][0]
         return estimate.float().cpu()
 
-    def _extract(self, mixture: Mono, rate: int, enrollment: Mono, enrollment_rate: int) -> Mono:
-        check_enrollment(enrollment, enrollment_rate, "enrollment")
-        require_not_silent(mixture, "mixture")
-        network_rate = self.sample_rate
-        batch: Batch = {
-            "audio": torch.from_numpy(resample(mixture, rate, network_rate))[None],
-            "ref": torch.from_numpy(resample(enrollment, enrollment_rate, network_rate))[None],
-        }
-        estimate = resample(self.estimate(batch)[0].numpy(), network_rate, rate)
-        max_gain = MAX_GAIN if self.card.config.has_level else math.inf
-        return match_level(fit_length(estimate, len(mixture)), mixture, max_gain)
+    def _estimate_window(
+        self, embedding: Float[Tensor, "1 speaker_dim"], sound: Float[Tensor, "1 samples"], level: Level | None
+    ) -> Float[Tensor, "1 samples"]:
+        return self.model.extract(sound.to(self.device), embedding, level=level)[0].float().cpu()
 
 
 def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
@@ -93,38 +215,6 @@ def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None
     `ConfigError` for a device that is not available.
     """
     return Extractor(*load_model(resolve(checkpoint), config, pick_device(device)))
-
-
-def extract_file(
-    extractor: Extractor,
-    mixture: str | Path,
-    enrollment: str | Path,
-    output: str | Path,
-    residual: str | Path | None = None,
-) -> None:
-    """Extract the enrolled voice from the file `mixture` and write it to `output`, mono, at the mixture's rate.
-
-    WAV is written as 32-bit float: nothing clips, and output + residual is the mixture up to float32 rounding. Other
-    formats get their usual sample type. `residual` receives mixture − estimate. Raises `AudioError`, `ConfigError` and
-    `StorageError`.
-    """
-    if residual is not None and Path(residual).absolute() == Path(output).absolute():
-        raise ConfigError(f"{residual}: is both the output and the residual; give them two names")
-    samples, rate = read_audio(mixture)
-    voice, voice_rate = read_audio(enrollment)
-    require_not_silent(samples, str(mixture))
-    check_enrollment(voice, voice_rate, str(enrollment))
-    estimate = extractor.extract(samples, rate, voice, voice_rate)
-    written: list[Path] = []
-    for path, sound in ((residual, samples - estimate), (output, estimate)):
-        if path is not None:
-            try:
-                write_audio(path, sound, rate, subtype="FLOAT" if Path(path).suffix.lower() == ".wav" else None)
-            except OnevoiceError:
-                for whole in written:
-                    whole.unlink()
-                raise
-            written.append(Path(path))
 
 
 def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
@@ -140,20 +230,49 @@ def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
 
 def match_level(estimate: Mono, mixture: Mono, max_gain: float = math.inf) -> Mono:
     """Scale `estimate` by the gain within ±`max_gain` that leaves the least energy in `mixture − gain · estimate`."""
-    wide = estimate.astype(np.float64)
-    energy = float(wide @ wide)
-    gain = float(mixture.astype(np.float64) @ wide) / energy if energy > 0 else 0.0
-    gain = max(-max_gain, min(gain, max_gain))  # negative for an estimate of inverted polarity
-    return (gain * wide).astype(np.float32)
+    return (least_residual_gain([estimate], [mixture], max_gain) * estimate.astype(np.float64)).astype(np.float32)
 
 
-def fit_length(samples: Mono, length: int) -> Mono:
-    """Cut `samples` or pad them with zeros to `length`; converting the rate back and forth may be off by a sample."""
-    return samples[:length] if len(samples) >= length else np.pad(samples, (0, length - len(samples)))
+def resume_at(plan: Plan, estimate: Spool) -> int:
+    """Cut an unfinished estimate to whole windows; return the number of windows that are done."""
+    done = plan.count if estimate.samples >= plan.samples else estimate.samples // plan.core
+    estimate.cut(min(done * plan.core, plan.samples))
+    return done
 
 
-def _as_mono(samples: np.ndarray | Tensor, name: str) -> Mono:
+def at_rate(estimate: Spool, gain: float, from_rate: int, to_rate: int, samples: int) -> Iterator[Mono]:
+    """Yield an estimate with its gain, at another rate and exactly `samples` long, in blocks."""
+    scaled = ((gain * block.astype(np.float64)).astype(np.float32) for block in estimate.blocks())
+    left = samples
+    for block in resample_blocks(scaled, from_rate, to_rate):
+        yield block[:left]
+        left -= len(block[:left])
+    if left:  # converting the rate back and forth may be off by a sample
+        yield np.zeros(left, np.float32)
+
+
+def channels_cancel(powers: Float[np.ndarray, " channels"], mean_power: float) -> bool:
+    """Check whether channels cancel in their mean, as a recording with inverted polarity in one channel does.
+
+    Takes the power of each channel and of their mean. Independent channels leave the sum of their powers, divided by
+    the square of their number.
+    """
+    return len(powers) > 1 and mean_power < CANCELLATION * float(powers.sum()) / len(powers) ** 2
+
+
+def mix_down(channels: Float[np.ndarray, "channels samples"]) -> Mono:
+    """Average the channels; if they cancel each other, return the loudest one."""
+    mean = to_mono(channels)
+    powers = np.square(channels, dtype=np.float64).mean(axis=1)
+    if channels_cancel(powers, float(np.square(mean, dtype=np.float64).mean())):
+        return np.ascontiguousarray(channels[int(powers.argmax())])
+    return mean
+
+
+def _as_mono(samples: Any, name: str) -> Mono:
     array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else samples
+    if not isinstance(array, np.ndarray):
+        raise AudioError(f"{name}: is a {type(samples).__name__}; give a NumPy array or a tensor")
     if np.issubdtype(array.dtype, np.integer):
         raise AudioError(f"{name}: has integer samples ({array.dtype}); divide by their full scale to get ±1.0 floats")
     if array.ndim not in (1, 2):
@@ -162,4 +281,11 @@ def _as_mono(samples: np.ndarray | Tensor, name: str) -> Mono:
         raise AudioError(f"{name}: has shape {array.shape}, more channels than samples; transpose it")
     array = np.ascontiguousarray(array, dtype=np.float32)
     require_finite(array, name)
-    return array if array.ndim == 1 else to_mono(array)
+    return array if array.ndim == 1 else mix_down(array)
+
+
+def _as_given(estimate: Mono, given: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Return the estimate in the type, and on the device, of the mixture."""
+    if isinstance(given, Tensor):
+        return torch.from_numpy(estimate).to(given.device, given.dtype)
+    return estimate.astype(given.dtype) if np.issubdtype(given.dtype, np.floating) else estimate

@@ -17,7 +17,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +52,14 @@ class Batch(TypedDict):
     ref_length: NotRequired[Int[Tensor, " batch"]]
 
 
+class Level(NamedTuple):
+    """The level of a whole recording, for a network that gets a part of it."""
+
+    mean: float
+    rms: float
+    """Root mean square of the samples without their mean."""
+
+
 class Prediction(TypedDict):
     """The output of a network for one batch."""
 
@@ -82,6 +90,16 @@ class NetworkConfig:
     has_level: Annotated[
         bool, Field(description="The level of the estimate is meaningful; training sets this if loss.level is above 0.")
     ] = False
+
+    @property
+    def hop(self) -> int:
+        """Samples between frames: the estimate moves with the mixture if that moves by a multiple of it."""
+        return 1
+
+    @property
+    def context_seconds(self) -> float | None:
+        """How far from an output sample, to each side, the input can influence it; None: all of it, by statistics."""
+        return None
 
 
 class Network(nn.Module, ABC):
@@ -114,13 +132,21 @@ class Network(nn.Module, ABC):
             ref = zero_padding(ref, ref_length)
         return self._embed(ref, ref_length)
 
-    def extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None = None) -> tuple[Wave, ...]:
-        """Return the estimates for mixtures and speaker embeddings; padded samples become zero."""
+    def extract(
+        self, audio: Wave, embedding: Embedding, audio_length: Lengths | None = None, level: Level | None = None
+    ) -> tuple[Wave, ...]:
+        """Return the estimates for mixtures and speaker embeddings; padded samples become zero.
+
+        `level` is for windows of a recording: the level of the whole, instead of that of each item.
+        """
         if not self.config.normalize_level:
             estimates = self._extract(zero_padding(audio, audio_length), embedding, audio_length)
+        elif level is not None:
+            audio = (audio - level.mean) / max(level.rms, torch.finfo(audio.dtype).tiny ** 0.5)
+            estimates = tuple(level.rms * estimate for estimate in self._extract(audio, embedding, audio_length))
         else:
-            audio, level = normalize_level(audio, audio_length)
-            estimates = tuple(level * estimate for estimate in self._extract(audio, embedding, audio_length))
+            audio, own_level = normalize_level(audio, audio_length)
+            estimates = tuple(own_level * estimate for estimate in self._extract(audio, embedding, audio_length))
         return tuple(zero_padding(estimate, audio_length) for estimate in estimates)
 
     @abstractmethod

@@ -1,0 +1,297 @@
+"""One file in, the voice in it out: any format, any length, in constant memory.
+
+1. The mixture is decoded in blocks, its channels are picked, and each is converted to the network's rate into a spool.
+2. The network runs over the spool in windows. The estimate of a long recording goes to a file beside the output, so
+   that the same command resumes it if it was stopped.
+3. Estimate and residual are converted back and written in blocks under temporary names, and get their names together.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from onevoice.audio import BLOCK, Block, Mono, resample, resample_columns, to_mono
+from onevoice.errors import AudioError, ConfigError
+from onevoice.extraction.extractor import Extractor, at_rate, channels_cancel, check_enrollment, mix_down
+from onevoice.extraction.voice import Voice
+from onevoice.extraction.windows import Spool, make_plan
+from onevoice.files import storage_errors
+from onevoice.streams import PIPE, Source, check_outputs, keeps_peaks, open_source, write_together
+
+Channel = int | Literal["mean", "each"]
+"""A channel counted from 1, their average, or each one by itself."""
+FULL_SCALE = 32767 / 32768
+"""The largest peak in a file with integer samples."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What became of one recording."""
+
+    mixture: str
+    output: str
+    seconds: float
+    """Length of the recording."""
+    elapsed_seconds: float
+    """Time it took."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the result."""
+
+    def text(self) -> str:
+        """Return one line about the result."""
+        speed = self.seconds / max(self.elapsed_seconds, 1e-9)
+        line = f"{self.output}: {self.seconds:.1f} s of sound in {self.elapsed_seconds:.1f} s ({speed:.1f}x real time)"
+        return "; ".join([line, *self.notes])
+
+
+@dataclass(frozen=True)
+class Track:
+    """One channel of a recording on its way through the network."""
+
+    mixture: Spool
+    estimate: Spool
+    gain: float = 0.0
+    """The gain for the estimate."""
+
+
+def extract_file(
+    extractor: Extractor,
+    mixture: str | Path,
+    voice: Voice | str | Path,
+    output: str | Path,
+    residual: str | Path | None = None,
+    *,
+    channel: Channel = "mean",
+    force: bool = False,
+    report: Callable[[float], None] = lambda share: None,
+) -> Extraction:
+    """Extract a voice from the file `mixture` and write it to `output`, at the rate and length of the mixture.
+
+    `voice` comes from `Extractor.enroll`, or is the path of an enrollment. `residual` receives mixture − estimate.
+    `-` is standard input or output. WAV is written as 32-bit float: nothing clips, and output + residual is the mixture
+    up to float32 rounding. In other formats, one gain turns both down if a peak would exceed full scale. `report` gets
+    the share that is done, 0 to 1. Files that exist are replaced only with `force`.
+
+    Raises `AudioError`, `ConfigError`, `StorageError` and `MissingDependencyError`.
+    """
+    begin = time.perf_counter()
+    check_files(mixture, voice, output, residual, channel=channel, force=force)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_source(mixture))
+        _require_channel(source, channel)
+        if not isinstance(voice, Voice):
+            voice = enroll_file(extractor, voice)
+        folder = None if str(output) == PIPE else _make_folder(Path(output))
+        spools, samples, channel, notes = _hear(source, channel, extractor.sample_rate, folder, stack)
+        paths = _estimate_paths(extractor, source, voice, output, channel, spools)
+        estimates = [stack.enter_context(Spool(folder, path)) for path in paths]
+        tracks = [Track(*pair) for pair in zip(spools, estimates, strict=True)]
+        tracks = _separate(extractor, tracks, voice, report)
+        notes += _write(extractor.sample_rate, source, channel, samples, tracks, output, residual)
+        for path in filter(None, paths):
+            path.unlink(missing_ok=True)
+    seconds = samples / source.sample_rate
+    return Extraction(source.name, str(output), seconds, time.perf_counter() - begin, tuple(notes))
+
+
+def check_files(
+    mixture: str | Path,
+    voice: Voice | str | Path,
+    output: str | Path,
+    residual: str | Path | None = None,
+    *,
+    channel: Channel = "mean",
+    force: bool = False,
+) -> None:
+    """Look at inputs and outputs before long work; standard input is left alone. Raises what `extract_file` does."""
+    inputs = [mixture] if isinstance(voice, Voice) else [mixture, voice]
+    if [str(path) for path in inputs] == [PIPE, PIPE]:
+        raise ConfigError("-: standard input cannot be both the mixture and the voice; name a file for one")
+    if str(output) == PIPE and residual is not None and str(residual) == PIPE:
+        raise ConfigError("-: standard output cannot be both the output and the residual; name a file for one")
+    check_outputs([output, residual], inputs, force)
+    for path in inputs:
+        if str(path) != PIPE:
+            with open_source(path) as source:
+                _require_channel(source, channel if path is mixture else "mean")
+
+
+def parse_channel(text: str) -> Channel:
+    """Return the channel that an option names. Raises `ConfigError`."""
+    if text == "mean":
+        return "mean"
+    if text == "each":
+        return "each"
+    if not text.isdecimal():
+        raise ConfigError(f"channel: {text!r} is not a channel; give 1, 2, …, mean or each")
+    return int(text)
+
+
+def enroll_file(extractor: Extractor, path: str | Path) -> Voice:
+    """Return the voice of an enrollment file. Raises `AudioError`."""
+    with open_source(path) as source:
+        sound = mix_down(np.ascontiguousarray(np.concatenate(list(source.blocks())).T))
+        check_enrollment(sound, source.sample_rate, source.name)
+        return extractor.embed([resample(sound, source.sample_rate, extractor.sample_rate)])
+
+
+def _require_channel(source: Source, channel: Channel) -> None:
+    if isinstance(channel, int) and not 1 <= channel <= source.channels:
+        raise AudioError(f"{source.name}: has no channel {channel}, only 1 to {source.channels}")
+
+
+def _make_folder(output: Path) -> Path:
+    with storage_errors(output):
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return output.absolute().parent
+
+
+def pick(block: Block, channel: Channel) -> Block:
+    """Return the chosen channel, their mean, or all channels of a block, as columns."""
+    if channel == "each":
+        return block
+    return to_mono(block.T)[:, None] if channel == "mean" else block[:, channel - 1 : channel]
+
+
+def _hear(
+    source: Source, channel: Channel, rate: int, folder: Path | None, stack: contextlib.ExitStack
+) -> tuple[list[Spool], int, Channel, list[str]]:
+    """Decode the mixture into one spool per track at the network's rate.
+
+    Returns the spools, the samples per channel of the file, the channel that was used, and what the user should know.
+    """
+    powers, mean_power = np.zeros(source.channels), 0.0
+    low, high, samples = np.inf, -np.inf, 0
+
+    def picked() -> Iterator[Block]:
+        nonlocal mean_power, powers, low, high, samples
+        for block in source.blocks():
+            chosen = pick(block, channel)
+            powers += np.square(block, dtype=np.float64).sum(axis=0)
+            mean_power += float(np.square(chosen, dtype=np.float64).sum())
+            low, high, samples = min(low, float(chosen.min())), max(high, float(chosen.max())), samples + len(block)
+            yield chosen
+
+    spools = [stack.enter_context(Spool(folder)) for _ in range(source.channels if channel == "each" else 1)]
+    for blocks in resample_columns(picked(), len(spools), source.sample_rate, rate):
+        for spool, block in zip(spools, blocks, strict=True):
+            spool.append(block)
+    if not samples:
+        raise AudioError(f"{source.name}: holds no samples")
+    if channel == "mean" and channels_cancel(powers, mean_power):
+        loudest = int(powers.argmax()) + 1
+        spools, samples, _, notes = _hear(source, loudest, rate, folder, stack)
+        return spools, samples, loudest, [*notes, f"its channels cancel each other, so channel {loudest} was used"]
+    if not high > low:
+        raise AudioError(f"{source.name}: is silent (all samples are {low:g}); give a recording of speech")
+    return spools, samples, channel, []
+
+
+def _estimate_paths(
+    extractor: Extractor, source: Source, voice: Voice, output: str | Path, channel: Channel, spools: list[Spool]
+) -> list[Path | None]:
+    """Return where the estimate of each track is kept while it grows; None for what is quickly done again.
+
+    The name depends on everything that the estimate depends on, so that only the same command finds it.
+    """
+    plan = make_plan(extractor.card.config, spools[0].samples)
+    if plan.count == 1 or PIPE in (str(output), source.name) or source.name == "standard input":
+        return [None] * len(spools)
+    status = source.path.stat()
+    identity = [
+        str(source.path.resolve()), status.st_size, status.st_mtime_ns, channel, extractor.model_hash,
+        hashlib.sha256(voice.embedding.numpy().tobytes()).hexdigest(), repr(plan),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    path = Path(output)
+    return [path.with_name(f".{path.name}.{key}.{index}.spool") for index in range(len(spools))]
+
+
+def _separate(extractor: Extractor, tracks: list[Track], voice: Voice, report: Callable[[float], None]) -> list[Track]:
+    """Run the network over each track; return the tracks with their gains. A silent track stays silent."""
+    done = []
+    for index, track in enumerate(tracks):
+
+        def progress(samples: int, index: int = index, total: int = track.mixture.samples) -> None:
+            report((index + samples / total) / len(tracks))
+
+        is_silent = not any(block.any() for block in track.mixture.blocks())
+        gain = 0.0 if is_silent else extractor.separate(track.mixture, track.estimate, voice, progress)
+        done.append(replace(track, gain=gain))
+    report(1.0)
+    return done
+
+
+class _TooLoudError(Exception):
+    """A peak exceeds full scale in a format with integer samples."""
+
+    def __init__(self, peak: float) -> None:
+        super().__init__(peak)
+        self.peak = peak
+
+
+def _write(
+    rate: int,
+    source: Source,
+    channel: Channel,
+    samples: int,
+    tracks: list[Track],
+    output: str | Path,
+    residual: str | Path | None,
+) -> list[str]:
+    """Write the output and the residual, turned down if a format needs it; return what the user should know."""
+
+    def attempt(volume: float) -> None:
+        columns = [at_rate(track.estimate, track.gain, rate, source.sample_rate, samples) for track in tracks]
+        estimates = regroup(columns)
+        paths = [output] if residual is None else [residual, output]
+        limited, peak = [not keeps_peaks(path) for path in paths], 0.0
+        with write_together(paths, source.sample_rate, len(tracks), samples) as writers:
+            for sounds in _with_residual(source, channel, estimates) if residual is not None else zip(estimates):
+                for write, is_limited, sound in zip(writers, limited, sounds, strict=True):
+                    scaled = sound if volume == 1.0 else (volume * sound).astype(np.float32)
+                    if is_limited:
+                        peak = max(peak, float(np.abs(scaled).max()))
+                    write(scaled)
+            if peak > 1.0:
+                raise _TooLoudError(peak)
+
+    try:
+        attempt(1.0)
+    except _TooLoudError as error:
+        attempt(FULL_SCALE / error.peak)
+        return [f"turned down by {20 * np.log10(error.peak / FULL_SCALE):.1f} dB to fit the format"]
+    return []
+
+
+def _with_residual(source: Source, channel: Channel, estimates: Iterator[Block]) -> Iterator[tuple[Block, Block]]:
+    """Decode the mixture once more; yield blocks of the residual, and of the estimate."""
+    mixtures = (pick(block, channel) for block in source.blocks())
+    try:
+        for mixture, estimate in zip(mixtures, estimates, strict=True):
+            yield mixture - estimate, estimate
+    except ValueError as error:
+        raise AudioError(f"{source.name}: changed while it was read; run the command again") from error
+
+
+def regroup(columns: Sequence[Iterator[Mono]]) -> Iterator[Block]:
+    """Join channels that come in pieces of any length, equally long in total, to blocks of `BLOCK` samples."""
+    waiting = [np.zeros(0, np.float32) for _ in columns]
+    while True:
+        for index, column in enumerate(columns):
+            pieces = [waiting[index]]
+            while sum(map(len, pieces)) < BLOCK and (piece := next(column, None)) is not None:
+                pieces.append(piece)
+            waiting[index] = np.concatenate(pieces)
+        block = np.stack([each[:BLOCK] for each in waiting], axis=1)
+        if not len(block):
+            return
+        yield block
+        waiting = [each[BLOCK:] for each in waiting]
