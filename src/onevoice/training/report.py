@@ -67,7 +67,7 @@ def run_report(folder: Path) -> str:
                 "Validation trials",
                 [_trial(sounds) for sounds in shown],
                 "Choose a sound with the mouse or the arrow keys: it goes on at the same position. Estimates have the "
-                f"level at which `onevoice extract` would write them.{left_out}",
+                f"level that an extraction gives them.{left_out}",
             ),
             Section("Settings", [settings_table("config.json", settings)] if settings else []),
             Section("Environment", _environment(folder)),
