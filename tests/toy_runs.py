@@ -129,7 +129,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def rows_without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "wall_time"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("wall_time", "train/steps_per_second")} for row in rows
+    ]
 
 
 def quiet(line: str) -> None:

@@ -28,9 +28,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from onevoice.config import STRICT
-from onevoice.errors import ConfigError
+from onevoice.errors import AudioError, ConfigError
 
 Wave = Float[Tensor, "batch samples"]
+GivenWave = Float[Tensor, "*given"]
+"""What `as_waves` takes or refuses: (batch, samples) or (batch, 1, samples)."""
 Lengths = Int[Tensor, " batch"]
 Embedding = Float[Tensor, "batch speaker_dim"]
 T = TypeVar("T")
@@ -124,8 +126,9 @@ class Network(nn.Module, ABC):
             "predicted_logits": self.classify(embedding),
         }
 
-    def embed(self, ref: Wave, ref_length: Lengths | None = None) -> Embedding:
+    def embed(self, ref: GivenWave, ref_length: Lengths | None = None) -> Embedding:
         """Return the speaker embedding of each enrollment."""
+        ref = as_waves(ref, "ref")
         if self.config.normalize_level:
             ref, _ = normalize_level(ref, ref_length)
         else:
@@ -133,12 +136,13 @@ class Network(nn.Module, ABC):
         return self._embed(ref, ref_length)
 
     def extract(
-        self, audio: Wave, embedding: Embedding, audio_length: Lengths | None = None, level: Level | None = None
+        self, audio: GivenWave, embedding: Embedding, audio_length: Lengths | None = None, level: Level | None = None
     ) -> tuple[Wave, ...]:
         """Return the estimates for mixtures and speaker embeddings; padded samples become zero.
 
         `level` is for windows of a recording: the level of the whole, instead of that of each item.
         """
+        audio = as_waves(audio, "audio")
         if not self.config.normalize_level:
             estimates = self._extract(zero_padding(audio, audio_length), embedding, audio_length)
         elif level is not None:
@@ -213,15 +217,25 @@ def to_network(batch: Batch, device: torch.device) -> Batch:
 
     Lengths are dropped if no row is padded, because a network is faster without them.
     """
-    inputs: Batch = {
-        "audio": batch["audio"].to(device, non_blocking=True),
-        "ref": batch["ref"].to(device, non_blocking=True),
-    }
-    if _is_padded(batch["audio"], batch.get("audio_length")):
+    audio, ref = as_waves(batch["audio"], "audio"), as_waves(batch["ref"], "ref")
+    inputs: Batch = {"audio": audio.to(device, non_blocking=True), "ref": ref.to(device, non_blocking=True)}
+    if _is_padded(audio, batch.get("audio_length")):
         inputs["audio_length"] = batch["audio_length"].to(device, non_blocking=True)
-    if _is_padded(batch["ref"], batch.get("ref_length")):
+    if _is_padded(ref, batch.get("ref_length")):
         inputs["ref_length"] = batch["ref_length"].to(device, non_blocking=True)
     return inputs
+
+
+def as_waves(audio: GivenWave, name: str) -> Wave:
+    """Return a batch of audio as (batch, samples); (batch, 1, samples), as the original system has it, is taken too.
+
+    Raises `AudioError`, naming `name`, for any other shape.
+    """
+    if audio.ndim == 3 and audio.shape[1] == 1:
+        return audio.squeeze(1)
+    if audio.ndim != 2:
+        raise AudioError(f"{name}: has shape {tuple(audio.shape)}; give (batch, samples) or (batch, 1, samples)")
+    return audio
 
 
 def _is_padded(signal: Tensor, length: Tensor | None) -> bool:

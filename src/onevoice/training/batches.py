@@ -4,6 +4,7 @@ A `Source` gives the batches of any epoch, from any step of it on, as a function
 """
 
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,10 @@ class Source(ABC):
     speakers: list[str]
     """Names of the training speakers, in the order of the classifier."""
     steps_per_epoch: int
+    steps_per_pass: int
+    """Steps of one pass over the data, or for drawn mixtures over `examples_per_epoch`."""
+    notes: Sequence[str] = ()
+    """Oddities of the data that a user should know."""
     digest: str
     """Tells whether two runs use the same data, wherever it is stored."""
 
@@ -49,15 +54,20 @@ class Source(ABC):
 
 
 def open_source(
-    data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: ProcessShare = WHOLE_BATCH
+    data: DataConfig,
+    sample_rate: int,
+    seed: int,
+    device: torch.device,
+    share: ProcessShare = WHOLE_BATCH,
+    steps_per_epoch: int | None = None,
 ) -> Source:
     """Open the training data of a config; of each batch it gives the `share` of one of several processes.
 
-    Raises `CorpusError` or `ConfigError` when it does not serve.
+    `steps_per_epoch` is None for one pass. Raises `CorpusError` or `ConfigError` when it does not serve.
     """
     if isinstance(data.train, DynamicTrials):
-        return DynamicSource(data.train, data, sample_rate, seed, device, share)
-    return TrialSource(data.train, data, sample_rate, seed, device, share)
+        return DynamicSource(data.train, data, sample_rate, seed, device, share, steps_per_epoch)
+    return TrialSource(data.train, data, sample_rate, seed, device, share, steps_per_epoch)
 
 
 class ValidationTrials:
@@ -67,8 +77,11 @@ class ValidationTrials:
         self, data: DataConfig, sample_rate: int, seed: int, device: torch.device, share: ProcessShare = WHOLE_BATCH
     ) -> None:
         part = data.validation
+        opened = open_trials(part)
+        self.notes = opened.notes
+        self.names = [trial.name for trial in opened.trials]
         trials = TrialDataset(
-            open_trials(part).trials,
+            opened.trials,
             sample_rate,
             (),
             part.segment_seconds,
@@ -85,7 +98,7 @@ class ValidationTrials:
 
 
 class TrialSource(Source):
-    """Trials that exist, in a new random order in each epoch."""
+    """Trials that exist, in a new random order in each pass. An epoch begins with a pass, and ends within its last."""
 
     def __init__(
         self,
@@ -95,15 +108,18 @@ class TrialSource(Source):
         seed: int,
         device: torch.device,
         share: ProcessShare = WHOLE_BATCH,
+        steps_per_epoch: int | None = None,
     ) -> None:
-        trials = open_trials(chosen).trials
+        opened = open_trials(chosen)
+        trials, self.notes = opened.trials, opened.notes
         self.speakers = sorted({trial.speaker for trial in trials})
         self.dataset = TrialDataset(
             trials, sample_rate, self.speakers, chosen.segment_seconds, chosen.enrollment_seconds, seed
         )
         self.data, self.seed, self.device, self.share = data, seed, device, share
         self.digest = hashlib.sha256("\n".join(trial.name for trial in trials).encode()).hexdigest()
-        self.steps_per_epoch = len(EpochSampler(len(trials), data.batch_size, seed, 0))
+        self.steps_per_pass = len(EpochSampler(len(trials), data.batch_size, seed, 0))
+        self.steps_per_epoch = steps_per_epoch or self.steps_per_pass
         if len(trials) < data.batch_size and share[1] > 1:
             raise ConfigError(
                 f"data.batch_size: {data.batch_size} is more than the {len(trials)} trials that {share[1]} processes "
@@ -112,8 +128,17 @@ class TrialSource(Source):
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
         """Return the batches of the steps start ≤ step < stop of an epoch."""
-        sampler = EpochSampler(len(self.dataset), self.data.batch_size, self.seed, epoch, start, stop, share=self.share)
-        return read_batches(_loader(self.dataset, sampler, self.data, self.device))
+        steps = self.steps_per_pass
+        first_pass = epoch * -(-self.steps_per_epoch // steps)
+        samplers = (
+            EpochSampler(
+                len(self.dataset), self.data.batch_size, self.seed, first_pass + number,
+                max(0, start - number * steps), stop - number * steps, share=self.share,
+            )
+            for number in range(start // steps, -(-stop // steps))
+        )  # fmt: skip
+        keys = itertools.chain.from_iterable(samplers)
+        return read_batches(_loader(self.dataset, keys, self.data, self.device))
 
 
 class DynamicSource(Source):
@@ -127,6 +152,7 @@ class DynamicSource(Source):
         seed: int,
         device: torch.device,
         share: ProcessShare = WHOLE_BATCH,
+        steps_per_epoch: int | None = None,
     ) -> None:
         speech = _open_pack(trials.pack, sample_rate, "data.train.pack")
         self.planner = Planner(
@@ -145,7 +171,8 @@ class DynamicSource(Source):
         packs = (speech, *(part[1] for part in (self.planner.noise, self.planner.reverb) if part is not None))
         self.digest = hashlib.sha256(json.dumps([pack.header["sha256"] for pack in packs]).encode()).hexdigest()
         self.data, self.seed, self.device, self.share = data, seed, device, share
-        self.steps_per_epoch = max(1, trials.examples_per_epoch // data.batch_size)
+        self.steps_per_pass = max(1, trials.examples_per_epoch // data.batch_size)
+        self.steps_per_epoch = steps_per_epoch or self.steps_per_pass
         self.renderer = Renderer(self.planner, device) if trials.on_device else None
 
     def batches(self, epoch: int, start: int, stop: int) -> Iterable[TrialBatch]:
@@ -185,7 +212,7 @@ def draw_batch(planner: Planner, renderer: Renderer, epoch: int, index: np.ndarr
 
 
 def _loader(
-    dataset: Dataset[Any], sampler: EpochSampler, data: DataConfig, device: torch.device
+    dataset: Dataset[Any], sampler: Iterable[list[Key]], data: DataConfig, device: torch.device
 ) -> "DataLoader[TrialBatch]":
     """Read the batches of a sampler in `data.workers` processes."""
     return DataLoader(

@@ -157,7 +157,8 @@ class TrainingConfig:
     epochs: Annotated[PositiveInt, FREE] = 21
     """Number of epochs. A resumed run may change it unless the schedule is `onecycle`, whose shape depends on it."""
     steps_per_epoch: PositiveInt | None = None
-    """Number of steps after which an epoch ends (validation, save); null for one pass over the data."""
+    """Number of steps after which an epoch ends (validation, save). More than a pass goes round the data again, in
+    another order; null for one pass."""
     accumulate: PositiveInt = 1
     """Number of equal parts of each batch that are in memory one after the other; the step learns from all of them."""
     ema: OpenFraction | None = None

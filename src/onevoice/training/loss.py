@@ -1,5 +1,6 @@
 """The training loss: SI-SDR of every estimate with speaker classification (SpEx+, arXiv 2005.04686, eq. 6–8)."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from onevoice.config import STRICT, Fraction
 from onevoice.errors import ConfigError
-from onevoice.models.base import Lengths, Prediction, Wave, valid_mask, zero_padding
+from onevoice.models.base import GivenWave, Lengths, Prediction, Wave, as_waves, valid_mask, zero_padding
 
 UNKNOWN_SPEAKER = -1
 """The class index of a speaker that the classifier does not know; such items add no cross-entropy."""
@@ -84,17 +85,18 @@ class MultiLoss:
 
     For SpEx+, −((1−alpha−beta) SI-SDR_short + alpha SI-SDR_middle + beta SI-SDR_long) + lambd · cross-entropy.
     If the target of an item is silent, `suppression` replaces SI-SDR. For the other items, `level` times `level_error`
-    is subtracted from SI-SDR.
+    is subtracted from SI-SDR. `MultiLoss(0.5)` sets `lambd`, as in the original system; all else goes by name.
     """
 
+    lambd: NonNegativeFloat = 0.5
+    """Weight of the speaker classification."""
+    _: KW_ONLY
     alpha: Fraction = 0.1
     """Weight of the second of three estimates: SpEx+'s middle decoder."""
     beta: Fraction = 0.1
     """Weight of the third of three estimates: SpEx+'s long decoder."""
     weights: tuple[NonNegativeFloat, ...] | None = None
     """One weight per estimate of the network. Null: 1 for one estimate; 1 − alpha − beta, alpha, beta for three."""
-    lambd: NonNegativeFloat = 0.5
-    """Weight of the speaker classification."""
     limit_db: PositiveFloat | None = None
     """SI-SDR in dB of a perfect estimate; needed if mixtures can be the target alone. Null is the paper's loss."""
     level: NonNegativeFloat = 0.0
@@ -111,16 +113,18 @@ class MultiLoss:
     def __call__(
         self,
         prediction: Prediction,
-        target: Wave,
+        target: GivenWave,
         speaker: Int[Tensor, " batch"],
         length: Lengths | None = None,
-        mixture: Wave | None = None,
+        mixture: GivenWave | None = None,
     ) -> LossTerms:
         """Return the loss of a batch. `speaker` holds class indices, `UNKNOWN_SPEAKER` for an unknown speaker.
 
         Only items with an absent target need `mixture`; without it, they add nothing. Raises `ConfigError` unless
         there is one weight per estimate.
         """
+        target = as_waves(target, "target")
+        mixture = None if mixture is None else as_waves(mixture, "mixture")
         present = target.abs().amax(1) > 0
         estimates = prediction["predicted_audio"]
         ratios = [si_sdr(estimate, target, length, self.limit_db) for estimate in estimates]

@@ -38,7 +38,7 @@ from onevoice.training.experiment import Experiment, fill_model_fields
 from onevoice.training.state import TrainingState
 from onevoice.training.step import Learner, is_out_of_memory
 from onevoice.training.tracking import Display, Tracker, open_tracker
-from onevoice.training.validation import sounds, validate
+from onevoice.training.validation import Judge, require_pesq, sounds, validate
 from onevoice.trials.reading import TrialBatch, dead_worker_error
 
 
@@ -81,17 +81,24 @@ class Trainer:
         self.tracker, self.display = Tracker(), Display(0, 0, enabled=False)
         self.device = pick_device(experiment.training.device, "training.device")
         data, rate, seed = experiment.data, experiment.model.sample_rate, experiment.seed
-        self.source = open_source(data, rate, seed, self.device, group.share)
+        require_pesq(experiment.tracking.pesq_examples, rate)
+        self.source = open_source(data, rate, seed, self.device, group.share, experiment.training.steps_per_epoch)
         self.validation_trials = ValidationTrials(data, rate, seed, self.device, group.share)
         self.experiment = experiment = fill_model_fields(experiment, len(self.source.speakers))
         self.folder = Path(experiment.runs_folder) / experiment.name
-        self.steps_per_epoch = min(
-            self.source.steps_per_epoch, experiment.training.steps_per_epoch or self.source.steps_per_epoch
-        )
-        self.planned_steps = self.steps_per_epoch * experiment.training.epochs
         self.state = TrainingState.create(experiment, self.device, self.planned_steps)
         self.learner = Learner(experiment, self.state, self.device, group, self.say, self._log)
         self.deadline, self.stop_request = math.inf, StopRequest()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps of an epoch."""
+        return self.source.steps_per_epoch
+
+    @property
+    def planned_steps(self) -> int:
+        """The number of steps of all epochs."""
+        return self.steps_per_epoch * self.experiment.training.epochs
 
     @property
     def last(self) -> Path:
@@ -110,6 +117,8 @@ class Trainer:
 
     def begin(self, resume: str | Path | None, load: str | Path | None) -> None:
         """Resume a run or load weights, as `train` describes."""
+        for note in dict.fromkeys([*self.source.notes, *self.validation_trials.notes]):
+            self.say(f"note: {note}")
         is_foreign = resume is not None and Path(resume).suffix == ".pth"
         if resume is not None and not is_foreign:
             self.folder = Path(resume).parent  # wherever the run has been moved to
@@ -132,6 +141,7 @@ class Trainer:
         with contextlib.closing(self.tracker), contextlib.closing(self.display):
             while progress.step < self.last_step or progress.validated_step < progress.step:
                 if settings.early_stop_epochs and progress.epochs_without_gain >= settings.early_stop_epochs:
+                    self.learner.log_rest()
                     self.say(f"no better validation for {progress.epochs_without_gain} epochs: stopped")
                     break
                 if self._train_epoch():
@@ -154,6 +164,8 @@ class Trainer:
             self.learner.step(batch)
             self.display.update()
             at_end, stopping = progress.step_in_epoch == end, self._is_stopping()
+            if progress.step == self.last_step:
+                self.learner.log_rest()
             if at_end:  # validation comes first, and then a save
                 continue
             if stopping or progress.step % self.experiment.training.save_every_steps == 0:
@@ -166,26 +178,26 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         """Record the values of a log line."""
         progress = self.state.progress
+        speed = self.display.log(progress.step, values)
+        values = {**values, "skipped_steps": progress.skipped_steps, "steps_per_second": speed}
         named = {f"train/{name}": value for name, value in values.items()}
-        self.tracker.scalars(
-            progress.step, {**named, "train/skipped_steps": progress.skipped_steps}, epoch=progress.epoch
-        )
-        self.display.log(progress.step, values)
+        self.tracker.scalars(progress.step, named, epoch=progress.epoch + 1)
 
     def validate(self) -> dict[str, float]:
-        """Return the mean SI-SDR and SI-SDRi in dB over the validation trials; {} if asked to stop before the end."""
-        remaining = self.experiment.tracking.audio_examples
+        """Return the mean scores over the validation trials; {} if asked to stop before the end."""
+        tracking, rate = self.experiment.tracking, self.experiment.model.sample_rate
+        remaining = tracking.audio_examples
 
         def record_sounds(batch: TrialBatch, estimate: Tensor) -> None:
             nonlocal remaining
             for row, name in enumerate(batch["name"]):
                 if remaining > 0:
-                    rate = self.experiment.model.sample_rate
                     self.tracker.audio(self.state.progress.step, name, sounds(batch, estimate, row), rate)
                     remaining -= 1
 
+        judge = Judge(self.experiment.loss, rate, frozenset(self.validation_trials.names[: tracking.pesq_examples]))
         return validate(
-            self.state.weights, self.validation_trials, self.device, self.group, record_sounds,
+            self.state.weights, self.validation_trials, self.device, self.group, judge, record_sounds,
             lambda: self.stop_request.signal is not None,
         )  # fmt: skip
 
@@ -195,7 +207,7 @@ class Trainer:
         scores = self.validate()
         if not scores:
             return
-        progress.validated_step = progress.step
+        progress.validated_step, epoch = progress.step, progress.epoch + 1
         if progress.step_in_epoch == self.steps_per_epoch:
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
         if isinstance(self.state.scheduler, ReduceLROnPlateau):
@@ -207,12 +219,11 @@ class Trainer:
             self.save("best")
         if settings.keep_every_epochs and progress.epoch % settings.keep_every_epochs == 0:
             self.save(f"epoch-{progress.epoch:04d}")
-        self.tracker.scalars(
-            progress.step, {f"validation/{name}": value for name, value in scores.items()}, epoch=progress.epoch
-        )
+        named = {f"validation/{name}": value for name, value in scores.items()}
+        self.tracker.scalars(progress.step, named, epoch=epoch)
         self.tracker.flush()
         self.say(
-            f"epoch {progress.epoch} step {progress.step}: validation SI-SDR {scores['si_sdr_db']:.2f} dB, "
+            f"epoch {epoch} step {progress.step}: validation SI-SDR {scores['si_sdr_db']:.2f} dB, "
             f"SI-SDRi {scores['si_sdri_db']:.2f} dB{' (best)' if better else ''}"
         )
 
@@ -234,6 +245,7 @@ class Trainer:
         """Write the weights as `name`; for "last" also, and before them, the state that resuming needs."""
         self.learner.check_skipped_steps()
         self.state.read_sums(self.group)
+        self.state.progress.steps_per_epoch = self.steps_per_epoch
         if not self.group.is_first:
             return
         path = self.folder / f"{name}.safetensors"
@@ -244,6 +256,9 @@ class Trainer:
     def resume(self, checkpoint: str | Path) -> None:
         """Take over the state saved beside `checkpoint`; raises `CheckpointError` if it belongs to another run."""
         path = self.state.load(checkpoint, self.experiment, self.source.speakers, self.source.digest)
+        one_pass = min(self.source.steps_per_epoch, self.source.steps_per_pass)  # the limit of earlier versions
+        self.source.steps_per_epoch = self.state.progress.steps_per_epoch or one_pass
+        self.state.plan(self.planned_steps)
         self.say(f"resumed {path} at epoch {self.state.progress.epoch}, step {self.state.progress.step}")
 
     def resume_original(self, checkpoint: str | Path) -> None:

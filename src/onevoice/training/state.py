@@ -53,6 +53,8 @@ class Progress:
     """Skipped steps since the last finite one."""
     accumulate: int = 1
     """Parts into which each batch is split now."""
+    steps_per_epoch: int = 0
+    """Number of steps of an epoch; 0 in files of earlier versions, in which an epoch was one pass at most."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over the steps since the last log line, by the names in `SUMS`."""
 
@@ -136,6 +138,11 @@ class TrainingState:
         """Return the number of steps in total: `planned`, unless the scheduler's decay ends training elsewhere."""
         return self.scheduler.last_step if isinstance(self.scheduler, WarmupStableDecay) else planned
 
+    def plan(self, steps: int) -> None:
+        """Change the number of planned steps; a loaded cycle keeps its own."""
+        if isinstance(self.scheduler, WarmupStableDecay):
+            self.scheduler.total_steps = steps
+
     def step_schedule(self) -> None:
         """Set the learning rate of the next step; the plateau schedule moves after validations instead."""
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
@@ -164,9 +171,15 @@ class TrainingState:
         self.progress.sums = {name: self.progress.sums.get(name, 0.0) + value for name, value in values.items()}
 
     def take_means(self, group: Group) -> dict[str, float]:
-        """Return the means since the last call and start new ones; a mean over nothing is left out."""
+        """Return the means since the last call and start new ones."""
+        means = self.means(group)
+        self.progress.sums = {}
+        return means
+
+    def means(self, group: Group) -> dict[str, float]:
+        """Return the means since the last call of `take_means`; a mean over nothing is left out."""
         self.read_sums(group)
-        sums, self.progress.sums = self.progress.sums, {}
+        sums = self.progress.sums
         return {name: sums[name] / sums[count] for name, count in LOGGED_MEANS.items() if sums.get(count)}
 
     def save(self, checkpoint: Path, experiment: Experiment, speakers: Sequence[str], data_digest: str) -> None:

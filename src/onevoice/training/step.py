@@ -47,6 +47,8 @@ class Learner:
         self.precision = PRECISIONS[settings.precision]
         self.trial_names: list[str] = []
         """The trials of the last batch."""
+        self.learning_rate = 0.0
+        """The learning rate of the last step."""
 
     def step(self, batch: TrialBatch) -> LossTerms:
         """Learn from one batch and return its loss.
@@ -81,7 +83,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gradient_norm or math.inf)
         finite = self.group.all(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # 1 makes a fused optimizer do nothing
-        learning_rate = optimizer.param_groups[0]["lr"]
+        self.learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         scaler.update()
         restore_buffers(model, buffers, ~finite)
@@ -92,12 +94,20 @@ class Learner:
         if self.device.type == "cpu" or self.log_is_due():  # on the CPU, reading the counts costs nothing
             self.check_skipped_steps()
         if self.log_is_due():
-            self.log({**state.take_means(self.group), "learning_rate": learning_rate})
+            self.log({**state.take_means(self.group), "learning_rate": self.learning_rate})
         return LossTerms(sums["loss"], sums["si_sdr_db"] / sums["speaking"].clamp(min=1), sums["cross_entropy"])
 
     def log_is_due(self) -> bool:
         """Check whether the last step ends with a log line."""
         return self.state.progress.step % self.experiment.training.log_every_steps == 0
+
+    def log_rest(self) -> None:
+        """Log the steps since the last log line, if there are any.
+
+        Their sums are kept, so that a run that goes on logs the same lines as one that never ended.
+        """
+        if self.learning_rate and not self.log_is_due():
+            self.log({**self.state.means(self.group), "learning_rate": self.learning_rate})
 
     def in_smaller_parts_if_out_of_memory(
         self, compute_gradient: Callable[[list[TrialBatch]], Sums], batch: TrialBatch, buffers: Sequence[Tensor]
