@@ -1,6 +1,7 @@
 """What users of the original system rely on: long epochs, rich log lines, its shapes and its loss."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny import SMALL_CONFIGS, TINY
 from toy_runs import equal, experiment, quiet, rows_without_time, weights
 from voices import make_corpus
 
-from onevoice.audio import read_audio
+from onevoice.audio import read_audio, write_audio
 from onevoice.corpus.listing import list_corpus
 from onevoice.corpus.packing import pack_corpus
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError
@@ -185,6 +186,16 @@ def test_a_run_that_goes_on_logs_the_lines_of_one_that_never_ended(trials: Path,
     logs = [rows_without_time(rows_of(run, "train/")) for run in (whole, folder)]
     assert [row for row in logs[1] if row["step"] != 6] == logs[0]  # step 6 was the last one once
     assert equal(weights(whole), weights(folder))
+
+
+def test_training_says_what_is_odd_about_the_data(trials: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(trials, tmp_path / "trials")
+    path = find_trials(copy)[0].target
+    assert isinstance(path, Path)
+    write_audio(path, read_audio(path)[0][:-3], 8000)
+    lines: list[str] = []
+    train(experiment(copy, tmp_path, training__steps_per_epoch=1, training__epochs=1), echo=lines.append)
+    assert next(line for line in lines if line.startswith("note: ")).startswith(f"note: {copy}: in 1 of 24 trials")
 
 
 def test_mixture_enrollment_and_target_are_written_once(trials: Path, tmp_path: Path) -> None:

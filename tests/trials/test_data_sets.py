@@ -14,7 +14,7 @@ import torch
 from plain_librimix import Toy, make_toy, plain_tree
 from voices import make_trials
 
-from onevoice.audio import read_audio
+from onevoice.audio import read_audio, write_audio
 from onevoice.errors import AudioError, ConfigError, CorpusError
 from onevoice.evaluation.summary import EvaluationConfig, evaluate, format_report
 from onevoice.extraction.checkpoint import Card
@@ -382,6 +382,17 @@ def test_contradictory_keys_are_named(lists: Path, wanted: str, message: str) ->
 def test_files_at_another_rate_are_not_trials(lists: Path) -> None:
     with pytest.raises(CorpusError, match=r"2 of 2 trials .* is at 8000 Hz, not 16000 Hz"):
         open_trials(wsj0(lists, sample_rate=16000))
+
+
+def test_a_few_samples_are_padded_and_counted(lists: Path) -> None:
+    target = lists / f"2mix/s1/{PAIR}.wav"
+    write_audio(target, read_audio(target)[0][:-5], 8000)
+    opened = open_trials(wsj0(lists))
+    [note] = opened.notes
+    assert "in 1 of 2 trials, mixture and target differ" in note
+    mixture, padded, _ = load_trial(opened.trials[0], 8000)
+    assert len(mixture) == len(padded) == 4000
+    assert not padded[-5:].any()
 
 
 # ------------------------------------------------------------------ export

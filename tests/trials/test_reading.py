@@ -14,6 +14,7 @@ from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
 from onevoice.errors import AudioError, CorpusError
+from onevoice.trials import FolderTrials, open_trials
 from onevoice.trials.reading import EpochSampler, Item, TrialDataset, collate, find_trials, pad, read_batches
 
 KINDS = {"mixed": "mix", "ref": "refs", "target": "targets"}
@@ -92,6 +93,82 @@ def test_a_missing_file_is_named(copy: Path, kind: str, word: str) -> None:
         find_trials(copy)
 
 
+def in_folders(trials: Path, folder: Path, rename: dict[str, str]) -> Path:
+    """Copy trials to mix/, refs/ and targets/, with other names: `{number}` is the place of a trial in sorted order."""
+    for kind, name in KINDS.items():
+        (folder / name).mkdir(parents=True)
+        for number, path in enumerate(files_of(trials, kind)):
+            stem = path.stem.removesuffix(f"-{kind}")
+            shutil.copy(path, folder / name / f"{rename.get(kind, '{stem}').format(number=number, stem=stem)}.wav")
+    return folder
+
+
+def test_files_without_common_names_are_paired_in_sorted_order(trials: Path, tmp_path: Path) -> None:
+    rename = {"mixed": "m{number}", "ref": "r{number}", "target": "{stem}"}
+    folder = in_folders(trials, tmp_path / "renamed", rename)
+    flat, opened = find_trials(trials), open_trials(FolderTrials(str(folder)))
+    assert [trial.name for trial in opened.trials] == [f"m{number}" for number in range(6)]
+    assert [trial.speaker for trial in opened.trials] == [trial.speaker for trial in flat]  # by the names of targets
+    for ours, theirs in zip(opened.trials, flat, strict=True):
+        for kind in ("mixture", "enrollment", "target"):
+            assert getattr(ours, kind).read_bytes() == getattr(theirs, kind).read_bytes()
+    enrollment, target = opened.notes
+    assert (
+        "no enrollment has the name of its mixture (expected refs/m0.wav); 6 are paired in sorted order" in enrollment
+    )
+    assert "first m0.wav with r0.wav" in enrollment
+    assert "no target has the name of its mixture (expected targets/m0.wav)" in target
+    assert open_trials(FolderTrials(str(trials))).notes == []
+
+
+def test_other_counts_or_some_common_names_are_an_error_with_the_expected_name(trials: Path, tmp_path: Path) -> None:
+    folder = in_folders(trials, tmp_path / "fewer", {"ref": "r{number}"})
+    (folder / "refs" / "r5.wav").unlink()
+    name = find_trials(trials)[0].name
+    with pytest.raises(
+        CorpusError, match=rf"missing for 6 of 6 trials, first '{name}'; add .*expected refs/{name}\.wav"
+    ):
+        find_trials(folder)
+    folder = in_folders(trials, tmp_path / "one", {})
+    (folder / "targets" / f"{name}.wav").rename(folder / "targets" / "other.wav")
+    with pytest.raises(CorpusError, match=rf"the target is missing for 1 of 6 .*expected targets/{name}\.wav"):
+        find_trials(folder)
+
+
+def test_pairs_of_other_speakers_are_refused(trials: Path, tmp_path: Path) -> None:
+    """Names of the original system begin with the numbers of target and interferer."""
+    folder = in_folders(
+        trials, tmp_path, {"mixed": "1{number}_20_m", "target": "1{number}_20_t", "ref": "1{number}_20_r"}
+    )
+    assert [trial.speaker for trial in find_trials(folder)] == [f"1{number}" for number in range(6)]
+    (folder / "targets" / "13_20_t.wav").rename(folder / "targets" / "13_21_t.wav")
+    with pytest.raises(CorpusError, match="mixture '13_20_m' meets target '13_21_t', which names other speakers"):
+        find_trials(folder)
+
+
+@pytest.mark.parametrize("samples", [7920, 7999, 8001, 8080])
+def test_a_few_samples_are_padded_and_counted(copy: Path, samples: int) -> None:
+    path = files_of(copy, "target")[1]
+    whole = read_audio(path)[0]
+    write_audio(path, np.resize(whole, samples), 8000)
+    opened = open_trials(FolderTrials(str(copy)))
+    [note] = opened.notes
+    assert f"in 1 of 6 trials, mixture and target differ by up to 0.01 s; .* (first {opened.trials[1].name!r})" in (
+        note.replace("the shorter one is padded with zeros", ".*")
+    )
+    item = TrialDataset(opened.trials, 8000)[0, 1]
+    assert len(item.mixture) == len(item.target) == max(8000, samples)
+    assert not item.target[samples:].any()
+    assert not item.mixture[8000:].any()
+    np.testing.assert_allclose(item.target[:7920], whole[:7920], atol=1e-4)
+
+
+def test_a_target_at_another_rate_is_not_counted_as_padded(copy: Path) -> None:
+    path = files_of(copy, "target")[1]
+    write_audio(path, read_audio(path, 16_000)[0], 16_000)
+    assert open_trials(FolderTrials(str(copy))).notes == []
+
+
 def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="holds no trials; expected NAME-mixed"):
         find_trials(tmp_path)
@@ -158,7 +235,7 @@ def test_short_trials_are_not_cut(trials: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "samples", "complaint"),
     [
-        ("target", np.ones(7999, np.float32) / 2, r"-target\.wav: has 7999 samples, its mixture 8000"),
+        ("target", np.ones(7900, np.float32) / 2, r"-target\.wav: has 7900 samples, its mixture 8000"),
         ("mixed", np.zeros(8000, np.float32), r"-mixed\.wav: is silent"),
         ("ref", np.full(8000, 0.25, np.float32), r"-ref\.wav: is silent"),
     ],

@@ -5,8 +5,10 @@ Folders of trials have one of two layouts, at any sample rate:
 - flat: `NAME-mixed.wav`, `NAME-ref.wav` and `NAME-target.wav` side by side, as `onevoice mix` writes them;
 - folders: `mix/`, `refs/` and `targets/`, whose files share their names, with or without those endings.
 
-The target speaker is taken from `manifest.jsonl` if there is one, otherwise from the part of the name before its
-first underscore. A trial with a silent target is one in which the target is absent.
+If the files of a kind share no name with the mixtures and are as many, they are paired in sorted order, as in the
+original system. The target speaker is taken from `manifest.jsonl` if there is one, otherwise from the part of the name
+before its first underscore (of the target's file, if paired in order). Mixture and target may differ by a few samples;
+the shorter one is padded. A trial with a silent target is one in which the target is absent.
 
 Cuts, order and padding are functions of seed, epoch and trial; the number of processes changes nothing.
 """
@@ -31,7 +33,15 @@ from onevoice.mixing.folder import SUFFIXES
 from onevoice.rng import derive
 from onevoice.trials.config import FolderTrials, LibriMixTrials, TrialsConfig, TrialSet, Wsj0Trials
 from onevoice.trials.librimix_trials import list_librimix
-from onevoice.trials.trial import Trial, TrialAudio, TrialList, check_files, require_few_missing
+from onevoice.trials.trial import (
+    Trial,
+    TrialAudio,
+    TrialList,
+    check_files,
+    differ_slightly,
+    note_padding,
+    require_few_missing,
+)
 from onevoice.trials.wsj0 import list_wsj0
 from onevoice.units import to_samples
 
@@ -76,7 +86,8 @@ def open_trials(config: TrialsConfig) -> TrialList:
     is not installed.
     """
     if isinstance(config, FolderTrials):
-        return TrialList(find_trials(config.folder, config.limit), [], None)
+        trials, notes = _read_folder(Path(config.folder), config.limit)
+        return TrialList(trials, [], None, notes + note_padding(config.folder, trials))
     candidates, unlisted, notes = list_wsj0(config) if isinstance(config, Wsj0Trials) else list_librimix(config)
     name = place_of(config)
     require_few_missing(name, unlisted, len(candidates) + len(unlisted), config.max_missing)
@@ -84,12 +95,16 @@ def open_trials(config: TrialsConfig) -> TrialList:
     require_few_missing(name, broken, len(trials) + len(broken), config.max_missing)
     if not trials:
         raise CorpusError(f"{name}: holds no trials; check the settings of the data set")
-    return TrialList(trials, unlisted + broken, config.sample_rate, notes)
+    return TrialList(trials, unlisted + broken, config.sample_rate, notes + note_padding(name, trials))
 
 
 def find_trials(folder: str | Path, limit: int | None = None) -> list[Trial]:
     """List the first `limit` trials of a folder, by name; `CorpusError` if there are none or files are missing."""
-    folder = Path(folder)
+    return _read_folder(Path(folder), limit)[0]
+
+
+def _read_folder(folder: Path, limit: int | None) -> tuple[list[Trial], list[str]]:
+    """Return the trials of a folder, and a line for each kind of file that is paired in order."""
     if not folder.is_dir():
         raise CorpusError(f"{folder}: no such folder of trials")
     in_folders = all((folder / name).is_dir() for name in FOLDERS.values())
@@ -103,18 +118,41 @@ def find_trials(folder: str | Path, limit: int | None = None) -> list[Trial]:
             f"{folder}: holds no trials; expected NAME-mixed.wav, NAME-ref.wav and NAME-target.wav, "
             "or folders mix, refs and targets"
         )
+    speakers = {name: name.split("_")[0] for name in names}
+    notes = []
     for kind in ("enrollment", "target"):
         missing = [name for name in names if name not in files[kind]]
-        if missing:
+        if not missing:
+            continue
+        place = f"{FOLDERS[kind]}/{missing[0]}" if in_folders else f"{missing[0]}{SUFFIXES[kind]}"
+        if len(missing) < len(names) or len(files[kind]) != len(names):
             raise CorpusError(
                 f"{folder}: the {kind} is missing for {len(missing)} of {len(names)} trials, first {missing[0]!r}; "
-                "add the files, or remove these trials"
+                f"add the files (expected {place}.wav), or remove these trials"
             )
-    speakers = _manifest_speakers(folder / "manifest.jsonl")
-    return [
-        Trial(name, speakers.get(name, name.split("_")[0]), **{kind: files[kind][name] for kind in files})
-        for name in names[:limit]
-    ]
+        paired = dict(zip(names, sorted(files[kind].items()), strict=True))
+        _require_same_speakers(folder, kind, {name: other for name, (other, _) in paired.items()})
+        if kind == "target":
+            speakers = {name: other.split("_")[0] for name, (other, _) in paired.items()}
+        files[kind] = {name: file for name, (_, file) in paired.items()}
+        notes.append(
+            f"{folder}: no {kind} has the name of its mixture (expected {place}.wav); {len(names)} are paired in "
+            f"sorted order, first {files['mixture'][names[0]].name} with {files[kind][names[0]].name}"
+        )
+    speakers |= _manifest_speakers(folder / "manifest.jsonl")
+    trials = [Trial(name, speakers[name], **{kind: files[kind][name] for kind in files}) for name in names[:limit]]
+    return trials, notes
+
+
+def _require_same_speakers(folder: Path, kind: str, paired: dict[str, str]) -> None:
+    """Raise `CorpusError` if a pair has other speakers, where names are TARGET_INTERFERER_…, both numbers."""
+    for mixture, other in paired.items():
+        ids = [re.match(r"(\d+)_(\d+)(?!\d)", name) for name in (mixture, other)]
+        if ids[0] and ids[1] and ids[0].groups() != ids[1].groups():
+            raise CorpusError(
+                f"{folder}: in sorted order, mixture {mixture!r} meets {kind} {other!r}, which names other speakers; "
+                "give the three files of a trial one name"
+            )
 
 
 def place_of(config: TrialsConfig) -> str:
@@ -145,14 +183,16 @@ def load_audio(audio: TrialAudio, sample_rate: int) -> Mono:
 def load_trial(trial: Trial, sample_rate: int) -> tuple[Mono, Mono, Mono]:
     """Return mixture, target and enrollment at `sample_rate` in Hz. A silent target means that the target is absent.
 
-    Raises `AudioError` if one of them is unusable, if mixture or enrollment is silent, or if mixture and target differ
-    in length.
+    If mixture and target differ by a few samples, the shorter one is padded with zeros. Raises `AudioError` if one of
+    them is unusable, if mixture or enrollment is silent, or if mixture and target differ by more.
     """
     mixture, target, enrollment = (
         load_audio(audio, sample_rate) for audio in (trial.mixture, trial.target, trial.enrollment)
     )
-    if len(mixture) != len(target):
+    if not differ_slightly(len(mixture) / sample_rate, len(target) / sample_rate):
         raise AudioError(f"{trial.target}: has {len(target)} samples, its mixture {len(mixture)}; they must match")
+    length = max(len(mixture), len(target))
+    mixture, target = (np.pad(each, (0, length - len(each))) for each in (mixture, target))
     require_not_silent(mixture, str(trial.mixture))
     require_not_silent(enrollment, str(trial.enrollment))
     return mixture, target, enrollment

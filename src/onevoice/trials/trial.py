@@ -1,6 +1,6 @@
 """One trial; what the lists of a data set say about trials; and the check that their files are usable."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,10 @@ HEADER_THREADS = 8
 """Threads that read headers; on network drives most of the time is waiting."""
 
 
+PADDED_SECONDS = 0.01
+"""Mixture and target may differ in length by this much; the shorter one is padded with zeros. More is an error."""
+
+
 @runtime_checkable
 class Renderable(Protocol):
     """Audio that is computed on request; its `str` names it in messages and lists."""
@@ -21,6 +25,8 @@ class Renderable(Protocol):
         """Return the samples and their rate in Hz."""
 
 
+Header = tuple[int, int] | str
+"""Samples and rate in Hz of a file, or what is wrong with it."""
 TrialAudio = Path | Renderable
 """An audio file, or a way to compute what the file would hold."""
 
@@ -87,11 +93,9 @@ def check_files(candidates: Sequence[Candidate]) -> tuple[list[Trial], list[str]
     """Return the trials whose files are usable, and one line for each other trial that says what is wrong.
 
     Only headers are read. A file must be decodable, hold samples and have its sample rate; a mixture and a target
-    that are both files must have the same length.
+    that are both files must have the same length, up to `PADDED_SECONDS`.
     """
-    files = list(dict.fromkeys(file for candidate in candidates for file, _ in candidate.files))
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        headers = dict(zip(files, pool.map(_header, files), strict=True))
+    headers = _headers(file for candidate in candidates for file, _ in candidate.files)
     trials, problems = [], []
     for candidate in candidates:
         problem = _problem(candidate, headers)
@@ -102,7 +106,43 @@ def check_files(candidates: Sequence[Candidate]) -> tuple[list[Trial], list[str]
     return trials, problems
 
 
-def _header(file: Path) -> tuple[int, int] | str:
+def note_padding(name: str | Path, trials: Sequence[Trial]) -> list[str]:
+    """Return a line on the trials whose mixture and target differ by a few samples; [] if there are none."""
+    pairs = [
+        (trial, trial.mixture, trial.target)
+        for trial in trials
+        if isinstance(trial.mixture, Path) and isinstance(trial.target, Path)
+    ]
+    headers = _headers(file for _, mixture, target in pairs for file in (mixture, target))
+    padded = [trial.name for trial, *files in pairs if _is_padded(*(headers[file] for file in files))]
+    if not padded:
+        return []
+    return [
+        f"{name}: in {len(padded)} of {len(trials)} trials, mixture and target differ by up to "
+        f"{PADDED_SECONDS:g} s; the shorter one is padded with zeros (first {padded[0]!r})"
+    ]
+
+
+def _headers(files: Iterable[Path]) -> dict[Path, Header]:
+    different = list(dict.fromkeys(files))
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        return dict(zip(different, pool.map(_header, different), strict=True))
+
+
+def _is_padded(mixture: Header, target: Header) -> bool:
+    """Check whether two readable files have lengths that differ by a few samples."""
+    if isinstance(mixture, str) or isinstance(target, str):
+        return False
+    same = mixture[0] * target[1] == target[0] * mixture[1]
+    return not same and differ_slightly(mixture[0] / mixture[1], target[0] / target[1])
+
+
+def differ_slightly(one_seconds: float, other_seconds: float) -> bool:
+    """Check whether two lengths differ by no more than padding may mend."""
+    return abs(one_seconds - other_seconds) <= PADDED_SECONDS + 1e-9
+
+
+def _header(file: Path) -> Header:
     """Return samples and rate in Hz from a file's header, or what is wrong with the file."""
     try:
         return probe_audio(file, str(file))
@@ -110,7 +150,7 @@ def _header(file: Path) -> tuple[int, int] | str:
         return str(error)
 
 
-def _problem(candidate: Candidate, headers: dict[Path, tuple[int, int] | str]) -> str | None:
+def _problem(candidate: Candidate, headers: dict[Path, Header]) -> str | None:
     for file, sample_rate in candidate.files:
         header = headers[file]
         if isinstance(header, str):
@@ -121,6 +161,11 @@ def _problem(candidate: Candidate, headers: dict[Path, tuple[int, int] | str]) -
         headers[audio] if isinstance(audio, Path) else None
         for audio in (candidate.trial.mixture, candidate.trial.target)
     )
-    if mixture is not None and target is not None and mixture[0] != target[0]:
+    if (
+        isinstance(mixture, tuple)
+        and isinstance(target, tuple)
+        and not _is_padded(mixture, target)
+        and mixture != target
+    ):
         return f"{candidate.trial.target}: has {target[0]} samples, its mixture {mixture[0]}"
     return None
