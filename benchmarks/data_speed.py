@@ -30,8 +30,9 @@ from onevoice.corpus.listing import list_corpus
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.corpus.packing import pack_corpus
 from onevoice.mixing import render as rendering
-from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, Planner, ReverbStep
+from onevoice.mixing.draw import Planner
 from onevoice.mixing.render import Renderer
+from onevoice.mixing.steps import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.models import SpExPlus, SpExPlusConfig
 from onevoice.processes import keep_freed_memory
 from onevoice.training.loss import MultiLoss

@@ -21,8 +21,9 @@ from onevoice.corpus.packing import pack_corpus
 from onevoice.errors import ConfigError, CorpusError
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.mixing import render as rendering
-from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, Plan, Planner, ReverbStep, distinct_speakers
+from onevoice.mixing.draw import Plan, Planner, distinct_speakers
 from onevoice.mixing.render import Renderer, fetch, fetch_repeated, gather, mu_law
+from onevoice.mixing.steps import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.rng import uniform
 from onevoice.training.run import Trainer, train
 
@@ -238,6 +239,38 @@ def test_each_voice_is_cut_by_its_own_columns_of_the_streams(packs: dict[str, Pa
             assert part.length[row] == length
             assert part.start[row] == begin + int(crop[row, 2 * k] * (end - begin - length + 1))
             assert part.position[row] == int(crop[row, 2 * k + 1] * (segment - length + 1))
+
+
+@pytest.mark.parametrize("interferers", [(1, 1), (2, 2)])
+def test_a_pair_has_one_mixture_and_two_targets(packs: dict[str, PackedCorpus], interferers: tuple[int, int]) -> None:
+    """The second target is the first interferer: as loud in both mixtures, in the same place of the same room."""
+    planned = planner(packs, reverb=REVERB, noise=NOISE, seed=3, paired=True, interferers=interferers)
+    sound = Renderer(planned)(planned.draw(1, np.arange(40)))
+    first, second = slice(0, None, 2), slice(1, None, 2)
+    levels = sound.audio.square().sum(1).sqrt()
+    mixtures = sound.audio / levels[:, None]  # the peak of a target may lower the level of its mixture
+    torch.testing.assert_close(mixtures[first], mixtures[second], atol=1e-6, rtol=1e-4)
+    person = planned.speech.person_of_speaker[sound.speaker]
+    assert (person[first] != person[second]).all()
+    if interferers == (1, 1):  # what is left of a mixture without room and noise is the other target
+        plain = planner(packs, seed=3, paired=True)
+        plain.noise = plain.reverb = None
+        sound = Renderer(plain)(plain.draw(1, np.arange(40)))
+        levels = sound.audio.square().sum(1, keepdim=True).sqrt()
+        mixtures, targets = sound.audio / levels, sound.target / levels
+        torch.testing.assert_close(mixtures[first], targets[first] + targets[second], atol=1e-6, rtol=1e-4)
+
+
+def test_absent_trials_of_pairs_keep_the_third_speaker(packs: dict[str, PackedCorpus]) -> None:
+    plan = planner(packs, paired=True, absent=0.4).draw(0, np.arange(400))
+    speech = packs["speech"]
+    present = ~plan.absent
+    assert 100 < plan.absent.sum() < 220
+    assert (plan.absent[::2] != plan.absent[1::2]).any()
+    assert (speech.speaker[plan.target.utterance] == plan.speaker)[present].all()
+    assert (speech.speaker[plan.enrollment.utterance] == plan.speaker).all()
+    for voice in (plan.target, plan.interferers[0]):
+        assert (speech.speaker[voice.utterance] != plan.speaker)[plan.absent].all()
 
 
 def test_each_enrollment_is_cut_by_its_own_columns_of_the_streams(packs: dict[str, PackedCorpus]) -> None:

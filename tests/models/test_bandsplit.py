@@ -15,7 +15,7 @@ from onevoice.models.bandsplit import Attention
 
 CONFIG = BandSplitConfig(
     sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
-    attention_seconds=0.08, heads=2, key_dim=4, voice_vectors=3, num_classes=5, normalize_level=False,
+    attention_seconds=0.08, heads=2, key_dim=4, voice_frames=3, num_classes=5, normalize_level=False,
 )  # fmt: skip
 
 
@@ -73,6 +73,7 @@ def test_attention_against_one_softmax_over_all_pairs(count: int) -> None:
     attention = Attention(CONFIG).double()
     assert attention.reach == 5
     frames, voice = noise(2, count, CONFIG.features), noise(2, 3, CONFIG.features, seed=2)
+    voice_keys = attention.queries_and_keys(voice).chunk(2, dim=2)[1]
     heads, size = CONFIG.heads, CONFIG.features // CONFIG.heads
     queries, keys = attention.queries_and_keys(frames).chunk(2, dim=2)
     results = []
@@ -82,12 +83,27 @@ def test_attention_against_one_softmax_over_all_pairs(count: int) -> None:
         scores = queries[..., of_keys] @ keys[..., of_keys].transpose(1, 2) / CONFIG.key_dim**0.5
         far = (torch.arange(count)[:, None] - torch.arange(count)).abs() > attention.reach
         scores = scores.masked_fill(far, -torch.inf)
-        to_voice = queries[..., of_keys] @ attention.voice_keys(voice)[..., of_keys].transpose(1, 2)
+        to_voice = queries[..., of_keys] @ voice_keys[..., of_keys].transpose(1, 2)
         weights = torch.cat([to_voice / CONFIG.key_dim**0.5, scores], dim=2).softmax(2)
-        values = torch.cat([attention.voice_values(voice)[..., of_values], frames[..., of_values]], dim=1)
+        values = torch.cat([voice[..., of_values], frames[..., of_values]], dim=1)
         results.append(weights @ values)
     wanted = F.linear(torch.cat(results, dim=2), attention.project.weight, attention.project.bias)
     assert torch.allclose(attention(frames, voice, None), wanted, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_voice_is_picked_evenly_from_the_valid_frames() -> None:
+    """A network that joins nothing but the frame's number: three of ten frames, at 1/6, 3/6 and 5/6 of them."""
+    model = network()
+    ref = noise(1, 9 * CONFIG.hop)
+    frames = model._compress(model._spectrum(ref)).shape[1]
+    assert frames == 10
+    numbers = torch.arange(10.0, dtype=torch.float64)[None, :, None, None].expand(1, 10, 7, 8)
+    model.full_blocks[0].forward = lambda inputs, voice, valid: inputs  # type: ignore[method-assign]
+    model.time_blocks[1].forward = lambda inputs, film, valid: numbers  # type: ignore[method-assign]
+    model.full_blocks[1].join = lambda inputs: inputs[:, :, 0, :1].expand(1, 10, CONFIG.features)  # type: ignore[method-assign]
+    voice = model._embed(ref, None)[0, model.classifier.in_features :].reshape(3, CONFIG.features)
+    assert voice[:, 0].tolist() == [1, 5, 8]
 
 
 def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +129,7 @@ def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.Monkey
         ({"taps": 4}, "taps must be odd"),
         ({"bands": [[40, 4]]}, "cover 160 bins"),
         ({"heads": 3}, "heads must divide"),
+        ({"attention_every": 7}, "attention_every must be at most blocks = 6"),
         ({"window_seconds": 0.0321}, "even number of samples"),
     ],
 )

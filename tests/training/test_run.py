@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,17 @@ def test_precisions_and_schedulers_run(trials: Path, tmp_path: Path, precision: 
 def test_too_few_classes(trials: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.num_classes: 2 is too small for the 4 speakers"):
         Trainer(experiment(trials, tmp_path, model__num_classes=2))
+
+
+def test_without_classification_there_is_no_classifier(trials: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = train(experiment(trials, tmp_path, loss__lambd=0.0), echo=quiet)
+    state, card = load_checkpoint(folder / "last.safetensors")
+    assert card.config.num_classes == len(state["classifier.weight"]) == 0
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "train/loss" in row]
+    assert rows
+    assert all(row["train/cross_entropy"] == 0 for row in rows)
 
 
 def test_a_folder_without_trials(tmp_path: Path) -> None:

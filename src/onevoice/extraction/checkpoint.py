@@ -23,7 +23,6 @@ import importlib
 import json
 import re
 import subprocess
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -43,7 +42,7 @@ from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.extraction.original import OriginalCheckpoint, convert_checkpoint
 from onevoice.extraction.pickled import load_pickled, unreadable_error
 from onevoice.files import atomic_write
-from onevoice.models import MODELS, ModelConfig, Network
+from onevoice.models import MODELS, ModelConfig, Network, build
 
 FORMAT = 1
 CARD_KEY = "onevoice"
@@ -160,9 +159,7 @@ def load_model(
                 f"{next(iter(state), 'nothing')}, …); describe the model in a config (--config)"
             )
         card = Card(config)
-    with warnings.catch_warnings():  # the classifier of published networks has no speakers
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        model = MODELS[card.config.name](card.config)
+    model = build(card.config)
     load_state(model, state, path)
     return model.to(device).eval(), card
 

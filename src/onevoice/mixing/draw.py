@@ -6,102 +6,19 @@ and resuming do not matter. `onevoice.mixing.render` turns the numbers into soun
 """
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat
-from pydantic.dataclasses import dataclass
 
-from onevoice.config import STRICT, Fraction, Location, PositiveRange, require_rising
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.errors import CorpusError
+from onevoice.mixing.steps import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.rng import uniform
 from onevoice.units import to_samples
 
-LevelDb = Annotated[float, Field(ge=-100, le=100)]
-LevelRange = Annotated[tuple[LevelDb, LevelDb], AfterValidator(require_rising)]
-"""Lowest and highest value in dB of a uniform draw."""
-ExcerptSeconds = Annotated[float, Field(ge=0.1, le=60)]
-InterfererCount = Annotated[int, Field(ge=1, le=2)]
-
 Indices = Int[np.ndarray, " batch"]
 Values = Float[np.ndarray, " batch"]
-
-
-@dataclass(frozen=True, config=STRICT)
-class NoiseStep:
-    """Add an excerpt of a noise recording; short recordings are repeated."""
-
-    pack: Location
-    """A folder of packed noise, written by `onevoice corpus pack --layout flat`."""
-    probability: Fraction = 1.0
-    """Probability that a mixture has noise."""
-    snr_db: LevelRange = (0.0, 20.0)
-    """Range of the level of all voices together above the noise, in dB by energy."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class ReverbStep:
-    """Put the voices of a mixture into one room, each at another place.
-
-    A room is a speaker folder of the pack, a place one of its responses. The target of training is the direct sound
-    with the reflections of the first `early_seconds`.
-    """
-
-    pack: Location
-    """A folder of packed room responses, written by `onevoice corpus pack --keep-mean`."""
-    probability: Fraction = 1.0
-    """Probability that a mixture is in a room."""
-    early_seconds: PositiveFloat = 0.05
-    """Reflections up to this many seconds after the direct sound belong to the target."""
-    enrollment_probability: Fraction = 0.0
-    """Probability that the enrollment is in a room too; it is another room if the pack has several."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class ChannelStep:
-    """Give the enrollment another channel than the mixture: band limits, a spectral tilt, a telephone codec."""
-
-    probability: Fraction = 0.5
-    """Probability that an enrollment passes a channel."""
-    low_cut_hz: PositiveRange = (20.0, 300.0)
-    """Range of the lower band limit in Hz, where the level has dropped by 3 dB."""
-    high_cut_hz: PositiveRange = (3000.0, 8000.0)
-    """Range of the upper band limit in Hz, where the level has dropped by 3 dB."""
-    tilt_db_per_octave: LevelRange = (-3.0, 3.0)
-    """Range of the spectral tilt in dB per octave; positive makes high frequencies louder. It is 0 dB at 1 kHz."""
-    codec_probability: Fraction = 0.0
-    """Probability that a channel includes 8-bit mu-law coding (ITU-T G.711)."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class MixingStep:
-    """The voices of a mixture: how many, how long, at which levels."""
-
-    segment_seconds: ExcerptSeconds = 4.0
-    """Length of every mixture in seconds; a shorter utterance is placed at random in it, with silence around it."""
-    enrollment_seconds: Annotated[tuple[ExcerptSeconds, ExcerptSeconds], AfterValidator(require_rising)] = (3.0, 10.0)
-    """Range of the length of an enrollment in seconds; a shorter utterance is used whole."""
-    min_utterance_seconds: NonNegativeFloat = 1.0
-    """Shorter utterances are not used; the only utterance of a speaker is cut in half and needs twice this length."""
-    interferers: Annotated[tuple[InterfererCount, InterfererCount], AfterValidator(require_rising)] = (1, 1)
-    """Lowest and highest number of interferers, 1 or 2."""
-    snr_db: LevelRange = (-5.0, 5.0)
-    """Range of the level of the target above each interferer, in dB by energy over the segment."""
-    mixture_dbfs: LevelRange = (-35.0, -20.0)
-    """Range of the RMS level of the mixture in dBFS; the level is lower if a peak would exceed 0.9."""
-    enrollment_dbfs: LevelRange = (-35.0, -20.0)
-    """Range of the RMS level of the enrollment in dBFS; the level is lower if a peak would exceed 0.9."""
-    absent: Fraction = 0.0
-    """Share of trials with the enrollment of a speaker who is not in the mixture; their target is silence."""
-    alone: Fraction = 0.0
-    """Share of trials without interferers."""
-
-    def __post_init__(self) -> None:
-        """Check that the shares of both kinds of trial fit together."""
-        if self.absent + self.alone > 1:
-            raise ValueError(f"absent + alone is {self.absent + self.alone:g} and must not exceed 1")
 
 
 class Excerpts(NamedTuple):
@@ -206,8 +123,12 @@ class Planner:
         """Return the plan of the trials `index` of an epoch."""
         mixing = self.mixing
 
+        of_one_trial = ("kind", "absent", "channel")
+        of_pair = index // 2 if mixing.paired else index
+
         def stream(step: str, count: int) -> Float[np.ndarray, "batch count"]:
-            return uniform(self.seed, "dynamic", step, epoch, index=index, count=count)
+            place = index if step in of_one_trial else of_pair
+            return uniform(self.seed, "dynamic", step, epoch, index=place, count=count)
 
         # The kind of each trial: absent from the low end of [0, 1), alone from the high end.
         kinds, counts, levels, snrs = (stream(s, n) for s, n in (("kind", 1), ("count", 1), ("level", 2), ("snr", 2)))
@@ -223,14 +144,14 @@ class Planner:
             voices[:, 0], utterances[:, 0], utterances[:, 1], crops, stream("enrollment", 3)
         )
         third = self._third_speaker(voices[:, -1], stream("absent", 4))
-        enrollment = Excerpts(*(np.where(absent, b, a) for a, b in zip(enrollment, third, strict=True)))
+        enrollment = _choose(absent, third, enrollment)
         interferers = tuple(
             self._segment(
                 self._utterance(voices[:, 1 + k], utterances[:, 2 + k]), crops[:, 2 * (k + 1)], crops[:, 2 * k + 3]
             )
             for k in range(highest)
         )
-        return Plan(
+        plan = Plan(
             speaker=np.where(absent, voices[:, -1], voices[:, 0]),
             target=target,
             interferers=interferers,
@@ -244,6 +165,12 @@ class Planner:
             rooms=None if self.reverb is None else self._draw_rooms(*self.reverb, stream),
             channel=None if self.channel is None else _draw_channel(self.channel, stream("channel", 5)),
         )
+        if not mixing.paired:
+            return plan
+        # In pairs the first interferer is drawn as the target is, with an enrollment.
+        draws = stream("interferer", 4)
+        other = self._target_and_enrollment(voices[:, 1], utterances[:, 2], draws[:, 3], crops[:, 2:], draws[:, :3])
+        return _swap(plan._replace(interferers=(other[0], *interferers[1:])), index % 2 == 1, voices[:, 1], other[1])
 
     def _target_and_enrollment(
         self, speaker: Indices, first_pick: Values, second_pick: Values, crops: Float[np.ndarray, "batch crops"],
@@ -321,6 +248,31 @@ class Planner:
         places = np.take_along_axis(order, voices % count[:, None], axis=1)
         responses = np.column_stack([first[:, None] + places, _pick(pack, other_room, draws[:, 4])])
         return RoomPlan(draws[:, 0] < step.probability, draws[:, 1] < step.enrollment_probability, responses)
+
+
+def _swap(plan: Plan, swapped: Bool[np.ndarray, " batch"], speaker: Indices, enrollment: Excerpts) -> Plan:
+    """Exchange target and first interferer of the `swapped` trials; `speaker` and `enrollment` are the interferer's."""
+    first, *others = plan.interferers
+    # The levels against the new target: it stands −s₁ above the old one, and s₂ − s₁ above a second interferer.
+    snr_db = plan.snr_db * (np.arange(plan.snr_db.shape[1]) > 0) - plan.snr_db[:, :1]
+    enrolled, rooms = swapped & ~plan.absent, plan.rooms
+    if rooms is not None:
+        order = np.array([1, 0, *range(2, rooms.responses.shape[1])])
+        responses = np.where(swapped[:, None], rooms.responses[:, order], rooms.responses)
+        rooms = rooms._replace(responses=responses)
+    return plan._replace(
+        speaker=np.where(enrolled, speaker, plan.speaker),
+        target=_choose(swapped, first, plan.target),
+        interferers=(_choose(swapped, plan.target, first), *others),
+        snr_db=np.where(swapped[:, None], snr_db, plan.snr_db),
+        enrollment=_choose(enrolled, enrollment, plan.enrollment),
+        rooms=rooms,
+    )
+
+
+def _choose(where: Bool[np.ndarray, " batch"], these: Excerpts, others: Excerpts) -> Excerpts:
+    """Return `these` where `where` is True, else `others`."""
+    return Excerpts(*(np.where(where, a, b) for a, b in zip(these, others, strict=True)))
 
 
 def distinct_speakers(

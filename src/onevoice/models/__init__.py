@@ -5,6 +5,7 @@ To add a network, write one file and add its class to `NETWORKS` (docs/add_a_net
 
 import functools
 import operator
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
@@ -16,7 +17,7 @@ from onevoice.models.spexplus import SpExPlus, SpExPlusConfig
 NETWORKS: tuple[type[Network], ...] = (SpExPlus, BandSplitExtractor)
 
 MODELS: dict[str, type[Network]] = {network.config_class.name: network for network in NETWORKS}
-"""Every network by the name in its config: `MODELS[config.name](config)` builds it with random weights."""
+"""Every network by the name in its config."""
 
 
 def name(section: Any) -> str:
@@ -34,6 +35,14 @@ else:
     ]
     """The config of any of the networks; a config section selects one by its `name`."""
 
+
+def build(config: ModelConfig) -> Network:
+    """Return the network that a config describes, with random weights."""
+    with warnings.catch_warnings():  # without training speakers, the classifier is empty
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return MODELS[config.name](config)
+
+
 __all__ = [
     "MODELS",
     "NETWORKS",
@@ -46,5 +55,6 @@ __all__ = [
     "Prediction",
     "SpExPlus",
     "SpExPlusConfig",
+    "build",
     "to_network",
 ]

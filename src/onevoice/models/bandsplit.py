@@ -5,8 +5,9 @@ Yu, arXiv 2209.15174). A block then works along time inside each band, and acros
 blocks the frames also attend to each other (full-band self-attention, Wang et al., TF-GridNet, arXiv 2211.12433) and
 to the voice. The last layer gives a complex mask per bin.
 
-- The voice of an enrollment has a fixed size: its mean frame, which scales and shifts the frames of every block
-  (FiLM, arXiv 1709.07871), and a few vectors pooled from its frames by attention, to which the mixture attends.
+- The enrollment passes through the first layers of the mixture's own path, so that frames of the same voice look alike
+  from the start. Its voice has a fixed size: its mean frame, which scales and shifts the frames of every block (FiLM,
+  arXiv 1709.07871), and frames picked from it evenly, to which the mixture attends as if they were its own.
 - No statistic covers the whole recording but its level, and attention reaches `attention_seconds` to each side. So an
   output sample depends on `context_seconds` of input around it, and long recordings can be processed in windows.
 - Frames are (batch, frames, bands, channels), and every layer is a matrix product over the last axis or over all bands
@@ -35,10 +36,12 @@ from onevoice.models.base import (
     pad_to_whole_seconds,
     valid_mask,
 )
+from onevoice.models.layers import RMSNorm
 from onevoice.units import to_samples
 
 Bands = Float[Tensor, "batch frames bands channels"]
 Frames = Float[Tensor, "batch frames features"]
+Voice = Float[Tensor, "batch voice_frames features"]
 Valid = Float[Tensor, "batch frames 1 1"]
 Spectrum = Float[Tensor, "batch frames covered 2"]
 FLOOR = 1e-4
@@ -75,8 +78,8 @@ class BandSplitConfig(NetworkConfig):
     """Attention heads; must divide the number of bands times `shared`."""
     key_dim: PositiveInt = 32
     """Size of the queries and keys of each head."""
-    voice_vectors: PositiveInt = 32
-    """Number of vectors pooled from the frames of an enrollment."""
+    voice_frames: PositiveInt = 96
+    """Number of frames of an enrollment that the mixture attends to."""
 
     def __post_init__(self) -> None:
         """Check the values that depend on each other."""
@@ -86,6 +89,8 @@ class BandSplitConfig(NetworkConfig):
             raise ValueError(f"window_seconds must give an even number of samples, not {self.window}")
         if self.bins > self.hop + 1:
             raise ValueError(f"bands cover {self.bins} bins, but a window of {self.window} samples has {self.hop + 1}")
+        if self.attention_every > self.blocks:
+            raise ValueError(f"attention_every must be at most blocks = {self.blocks}, not {self.attention_every}")
         if self.features % self.heads:
             raise ValueError(f"heads must divide bands × shared = {self.features}, not {self.heads}")
 
@@ -177,20 +182,6 @@ class BandMask(nn.Module):
         return mask.reshape(*mask.shape[:2], -1, 2)
 
 
-class RMSNorm(nn.Module):
-    """Scales each vector to a root mean square of 1, then by a learned factor per channel (arXiv 1910.07467)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, frames: Float[Tensor, "*axes channels"]) -> Float[Tensor, "*axes channels"]:
-        """Normalize over the channels, in the precision of the weights."""
-        wide = frames.to(self.weight.dtype)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
-        return (wide * scale * self.weight).to(frames.dtype)
-
-
 class TimeBlock(nn.Module):
     """Gated dilated convolution along time inside each band: norm, FiLM, one matrix for all taps, gate, matrix."""
 
@@ -229,44 +220,46 @@ class FullBandBlock(nn.Module):
         self.mix = nn.Linear(config.features, config.features)
         self.spread = _scaled(nn.Linear(config.shared, config.channels))
 
-    def forward(
-        self, frames: Bands, voice: Float[Tensor, "batch vectors features"] | None, valid: Valid | None
-    ) -> Bands:
+    def forward(self, frames: Bands, voice: Voice | None, valid: Valid | None) -> Bands:
         """Return the frames plus the result."""
-        hidden = self.gather(self.norm(frames))
-        shape, hidden = hidden.shape, hidden.flatten(2)
+        hidden = self.join(frames)
         if self.attention is not None and voice is not None:
             hidden = hidden + self.attention(hidden, voice, valid)
-        result: Tensor = frames + self.spread(F.relu(self.mix(hidden)).reshape(shape)).to(frames.dtype)
+        mixed = F.relu(self.mix(hidden)).reshape(*frames.shape[:3], -1)
+        result: Tensor = frames + self.spread(mixed).to(frames.dtype)
         return result
+
+    def join(self, frames: Bands) -> Frames:
+        """Return what the bands of each frame contribute, side by side."""
+        joined: Tensor = self.gather(self.norm(frames)).flatten(2)
+        return joined
 
 
 class Attention(nn.Module):
-    """Attention of each frame to the frames within reach and to the vectors of the voice, in one softmax."""
+    """Attention of each frame to the frames within reach and to the frames of the voice, in one softmax."""
 
     def __init__(self, config: BandSplitConfig) -> None:
         super().__init__()
         self.heads, self.reach = config.heads, config.attention_frames
         keys = config.heads * config.key_dim
         self.queries_and_keys = nn.Linear(config.features, 2 * keys)
-        self.voice_keys = nn.Linear(config.features, keys)
-        self.voice_values = nn.Linear(config.features, config.features)
         self.project = _scaled(nn.Linear(config.features, config.features))
 
-    def forward(self, frames: Frames, voice: Float[Tensor, "batch vectors features"], valid: Valid | None) -> Frames:
+    def forward(self, frames: Frames, voice: Voice, valid: Valid | None) -> Frames:
         """Return what each frame gathers."""
         queries, keys = (self._split(part) for part in self.queries_and_keys(frames).chunk(2, dim=2))
-        values, own = self._split(frames), (self._split(self.voice_keys(voice)), self._split(self.voice_values(voice)))
+        voice_keys = self._split(self.queries_and_keys(voice).chunk(2, dim=2)[1])
+        values, voice_values = self._split(frames), self._split(voice)
         count, size = frames.shape[1], max(2 * self.reach, 1)
         gathered = []
         for first in range(0, count, size):  # one turn, unless the recording is long
             last = min(first + size, count)
             begin, end = max(0, first - self.reach), min(last + self.reach, count)
-            bias = self._bias(first, last, begin, end, own[0].shape[2], valid, queries)
-            near = torch.cat([own[0], keys[:, :, begin:end]], dim=2)
+            bias = self._bias(first, last, begin, end, voice.shape[1], valid, queries)
+            near = torch.cat([voice_keys, keys[:, :, begin:end]], dim=2)
             scores = _wide(queries[:, :, first:last] @ near.transpose(2, 3)) * queries.shape[3] ** -0.5
             weights = torch.softmax(scores if bias is None else scores + bias, dim=3).to(values.dtype)
-            gathered.append(weights @ torch.cat([own[1], values[:, :, begin:end]], dim=2))
+            gathered.append(weights @ torch.cat([voice_values, values[:, :, begin:end]], dim=2))
         result: Tensor = self.project(torch.cat(gathered, dim=2).transpose(1, 2).flatten(2))
         return result
 
@@ -274,7 +267,7 @@ class Attention(nn.Module):
         return frames.reshape(*frames.shape[:2], self.heads, -1).transpose(1, 2)
 
     def _bias(
-        self, first: int, last: int, begin: int, end: int, vectors: int, valid: Valid | None, like: Tensor
+        self, first: int, last: int, begin: int, end: int, voice: int, valid: Valid | None, like: Tensor
     ) -> Float[Tensor, "#batch 1 queries keys"] | None:
         """Return −inf for pairs out of reach and for padded frames, 0 for all others; None if there is no such pair."""
         if valid is None and last - begin - 1 <= self.reach and end - first - 1 <= self.reach:
@@ -284,11 +277,11 @@ class Attention(nn.Module):
         if valid is not None:
             allowed = allowed & (valid[:, None, None, begin:end, 0, 0] > 0)
         bias = torch.zeros(allowed.shape, device=like.device).masked_fill(~allowed, -math.inf)
-        return F.pad(bias, (vectors, 0))
+        return F.pad(bias, (voice, 0))
 
 
 class BandSplitExtractor(Network):
-    """Band split, an encoder of the enrollment, blocks along time and across bands, and a complex mask."""
+    """Band split, blocks along time and across bands, and a complex mask; the voice comes from the first blocks."""
 
     config: BandSplitConfig
     config_class = BandSplitConfig
@@ -304,13 +297,10 @@ class BandSplitExtractor(Network):
         self.full_blocks = nn.ModuleList(FullBandBlock(config, config.attends(index)) for index in range(config.blocks))
         self.film = nn.ModuleList(_scaled(nn.Linear(channels, 2 * channels), 0.0) for _ in range(config.blocks))
         self.mask = BandMask(config.bands, channels)
-        self.voice_split = BandSplit(config.bands, channels)
-        self.voice_time_block = TimeBlock(channels, config.hidden // 2, config.taps, 1)
-        self.voice_full_block = FullBandBlock(config, attention=False)
-        self.voice_norm, self.mean_norm = RMSNorm(channels), RMSNorm(channels)
-        self.voice_gather = nn.Linear(channels, config.shared)
-        self.voice_keys = nn.Linear(features, 2 * config.key_dim, bias=False)  # one would not change the softmax
-        self.voice_queries = nn.Parameter(0.1 * torch.randn(config.voice_vectors, 2 * config.key_dim))
+        self.mean_norm = RMSNorm(channels)
+        attending = [index for index in range(config.blocks) if config.attends(index)]
+        self.voice_maps = nn.ModuleList(nn.Linear(features, features) for _ in attending[1:])
+        """What turns the frames of the voice, as the first attention has them, into those of each later one."""
         self.classifier = nn.Linear(config.band_count * channels, config.num_classes)
 
     def classify(self, embedding: Embedding) -> Float[Tensor, "batch num_classes"]:
@@ -322,27 +312,32 @@ class BandSplitExtractor(Network):
         if self.compiled and self.training:
             ref, ref_length = pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
         valid = self._valid(ref, ref_length)
-        frames = self._step(BandSplit)(self.voice_split, self._compress(self._spectrum(ref)))
-        frames = self._run_block(self._step(TimeBlock), self.voice_time_block, frames, None, valid)
-        frames = self._run_block(self._step(FullBandBlock), self.voice_full_block, frames, None, valid)
+        frames = self._step(BandSplit)(self.split, self._compress(self._spectrum(ref)))
+        first = self.config.attention_every - 1  # the first block that attends
+        for time_block, full_block in zip(self.time_blocks[:first], self.full_blocks[:first], strict=True):
+            frames = self._run_block(self._step(TimeBlock), time_block, frames, None, valid)
+            frames = self._run_block(self._step(FullBandBlock), full_block, frames, None, valid)
+        frames = self._run_block(self._step(TimeBlock), self.time_blocks[first], frames, None, valid)
         mean = self.mean_norm(frames.mean(1) if valid is None else (frames * valid).sum(1) / valid.sum(1))
-        gathered = self.voice_gather(self.voice_norm(frames)).flatten(2)
-        scores = _wide(self.voice_queries @ self.voice_keys(gathered).transpose(1, 2))
-        if valid is not None:
-            scores = scores.masked_fill(valid[:, None, :, 0, 0] == 0, -math.inf)
-        weights = torch.softmax(scores * self.voice_queries.shape[1] ** -0.5, dim=2).to(gathered.dtype)
-        return torch.cat([mean.flatten(1), (weights @ gathered).flatten(1)], dim=1).to(ref.dtype)
+        joined = self.full_blocks[first].join(frames)
+        # Pick frames at the middle of equal parts of each enrollment.
+        count = ref.new_full((len(ref),), joined.shape[1]) if valid is None else valid.sum((1, 2, 3))
+        middle = (torch.arange(self.config.voice_frames, device=ref.device) + 0.5) / self.config.voice_frames
+        picks = (middle * count[:, None]).long()[:, :, None].expand(-1, -1, joined.shape[2])
+        return torch.cat([mean.flatten(1), joined.gather(1, picks).flatten(1)], dim=1).to(ref.dtype)
 
     def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[Wave, ...]:
         valid = self._valid(audio, audio_length)
         mean = embedding[:, : self.classifier.in_features].reshape(len(audio), -1, self.config.channels)
         voice = embedding[:, self.classifier.in_features :].reshape(len(audio), -1, self.config.features)
+        voices = iter([voice, *(to_later(voice) for to_later in self.voice_maps)])
         spectrum = self._spectrum(audio)
         frames = self._step(BandSplit)(self.split, self._compress(spectrum))
         time_step, full_step = self._step(TimeBlock), self._step(FullBandBlock)
         for film, time_block, full_block in zip(self.film, self.time_blocks, self.full_blocks, strict=True):
             frames = self._run_block(time_step, time_block, frames, film(mean)[:, None], valid)
-            frames = self._run_block(full_step, full_block, frames, voice, valid)
+            own = None if full_block.attention is None else next(voices)
+            frames = self._run_block(full_step, full_block, frames, own, valid)
         mask = torch.view_as_complex(self._step(BandMask)(self.mask, frames))
         masked = F.pad(spectrum[:, :, : self.config.bins] * mask, (0, spectrum.shape[2] - self.config.bins))
         return (self._waveform(masked, audio.shape[1]),)

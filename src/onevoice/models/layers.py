@@ -1,4 +1,4 @@
-"""The building blocks of time-domain extractors: encoder, decoder, norms and the temporal block.
+"""The building blocks of extractors: norms, and encoder, decoder and temporal block of those in the time domain.
 
 Frames are (batch, frames, channels), so that a 1x1 convolution is a matrix product. Only the global norm and the layers
 of the temporal block take (batch, channels, frames). A mask is 1 for valid frames and 0 for padding, with one channel;
@@ -71,6 +71,20 @@ class GlobalNorm(nn.Module):
         variance = centered.square().sum((1, 2), keepdim=True) / count
         scale = self.weight[:, None] * torch.rsqrt(variance + self.eps)
         return centered * scale + self.bias[:, None] * mask
+
+
+class RMSNorm(nn.Module):
+    """Scales each vector to a root mean square of 1, then by a learned factor per channel (arXiv 1910.07467)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, frames: Float[Tensor, "*axes channels"]) -> Float[Tensor, "*axes channels"]:
+        """Normalize over the channels, in the precision of the weights."""
+        wide = frames.to(self.weight.dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+        return (wide * scale * self.weight).to(frames.dtype)
 
 
 class ValidBatchNorm(nn.BatchNorm1d):

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from onevoice.config import FREE, STRICT, Location
 from onevoice.errors import ConfigError
-from onevoice.mixing.draw import ChannelStep, MixingStep, NoiseStep, ReverbStep
+from onevoice.mixing.steps import ChannelStep, MixingStep, NoiseStep, ReverbStep
 from onevoice.models import ModelConfig, SpExPlusConfig
 from onevoice.training.loss import MultiLoss
 from onevoice.training.tracking import TrackingConfig
@@ -233,10 +233,12 @@ class Experiment:
 def fill_model_fields(experiment: Experiment, speakers: int) -> Experiment:
     """Return the experiment with the model fields that training decides: `num_classes` if it is 0, and `has_level`.
 
-    Raises `ConfigError` if the classifier is too small for the training speakers.
+    Without `loss.lambd` no classifier is needed, so its size may stay 0. Raises `ConfigError` if the classifier is too
+    small for the training speakers.
     """
-    classes = experiment.model.num_classes or speakers
-    if classes < speakers:
+    needed = speakers if experiment.loss.lambd else 0
+    classes = experiment.model.num_classes or needed
+    if classes < needed:
         raise ConfigError(
             f"model.num_classes: {classes} is too small for the {speakers} speakers of "
             "the training data; set 0 to have them counted"

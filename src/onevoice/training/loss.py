@@ -89,7 +89,7 @@ class MultiLoss:
     """
 
     lambd: NonNegativeFloat = 0.5
-    """Weight of the speaker classification."""
+    """Weight of the speaker classification; with 0 there is none."""
     _: KW_ONLY
     alpha: Fraction = 0.1
     """Weight of the second of three estimates: SpEx+'s middle decoder."""
@@ -133,13 +133,12 @@ class MultiLoss:
             absent = target.new_zeros(len(target)) if mixture is None else suppression(estimate, mixture, length)
             speaking = ratio - self.level * level_error(estimate, target, length) if self.level else ratio
             gain = gain + weight * torch.where(present, speaking, absent).mean()
-        known = (speaker != UNKNOWN_SPEAKER).sum().clamp(min=1)
-        cross_entropy = (
-            F.cross_entropy(
-                prediction["predicted_logits"].float(), speaker, ignore_index=UNKNOWN_SPEAKER, reduction="sum"
-            )
-            / known
-        )
+        logits = prediction["predicted_logits"].float()
+        if self.lambd:
+            known = (speaker != UNKNOWN_SPEAKER).sum().clamp(min=1)
+            cross_entropy = F.cross_entropy(logits, speaker, ignore_index=UNKNOWN_SPEAKER, reduction="sum") / known
+        else:
+            cross_entropy = logits.sum() * 0.0  # the classifier keeps its place in the gradient of a group
         mean_si_sdr = (ratios[0] * present).sum() / present.sum().clamp(min=1)
         return LossTerms(self.lambd * cross_entropy - gain, mean_si_sdr, cross_entropy)
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from onevoice.models import MODELS, Batch, ModelConfig
+from onevoice.models import Batch, ModelConfig, build
 from onevoice.models.layers import pointwise
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ class CostCounter:
     def __init__(self, config: ModelConfig, precision: torch.dtype = torch.float32) -> None:
         self.fake, self.precision = FakeTensorMode(), precision
         with self.fake:
-            self.model = MODELS[config.name](config).train()
+            self.model = build(config).train()
 
     def __call__(self, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
         """Return the cost of a batch whose float tensors (`audio`, `ref`) have these shapes and whose rows are full."""

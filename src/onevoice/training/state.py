@@ -20,7 +20,7 @@ from onevoice.errors import CheckpointError, ConfigError
 from onevoice.extraction.checkpoint import load_original, load_state
 from onevoice.extraction.original import OriginalCheckpoint, convert_moments
 from onevoice.extraction.pickled import load_pickled, resume_path, save_resume
-from onevoice.models import MODELS, Network
+from onevoice.models import Network, build
 from onevoice.rng import derive_seed
 from onevoice.training.distributed import Group
 from onevoice.training.experiment import Experiment, changed_settings, fill_model_fields
@@ -116,7 +116,7 @@ class TrainingState:
         """Return the state before the first of `steps` steps, with fresh weights drawn from the seed."""
         settings = experiment.training
         torch.manual_seed(derive_seed(experiment.seed, "weights") % 2**63)
-        model = MODELS[experiment.model.name](experiment.model).to(device)
+        model = build(experiment.model).to(device)
         optimizer = build_optimizer(model, experiment.optimizer)
         return cls(
             model=model,
