@@ -16,7 +16,7 @@ to the voice. The last layer gives a complex mask per bin.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Complex, Float
@@ -319,7 +319,7 @@ class BandSplitExtractor(Network):
             frames = self._run_block(self._step(FullBandBlock), full_block, frames, None, valid)
         frames = self._run_block(self._step(TimeBlock), self.time_blocks[first], frames, None, valid)
         mean = self.mean_norm(frames.mean(1) if valid is None else (frames * valid).sum(1) / valid.sum(1))
-        joined = self.full_blocks[first].join(frames)
+        joined = cast(FullBandBlock, self.full_blocks[first]).join(frames)
         # Pick frames at the middle of equal parts of each enrollment.
         count = ref.new_full((len(ref),), joined.shape[1]) if valid is None else valid.sum((1, 2, 3))
         middle = (torch.arange(self.config.voice_frames, device=ref.device) + 0.5) / self.config.voice_frames
