@@ -166,7 +166,7 @@ class BandMask(nn.Module):
         self.bands = bands
         self.norm = RMSNorm(channels)
         self.weights = nn.ParameterList(
-            0.1 * torch.randn(count, channels, 2 * width) / math.sqrt(channels) for count, width in bands
+            0.3 * torch.randn(count, channels, 2 * width) / math.sqrt(channels) for count, width in bands
         )
         self.bias = nn.Parameter(torch.tensor([1.0, 0.0]).repeat(sum(count * width for count, width in bands)))
         """Begins as a mask that lets the mixture through."""
@@ -295,7 +295,7 @@ class BandSplitExtractor(Network):
             for index in range(config.blocks)
         )
         self.full_blocks = nn.ModuleList(FullBandBlock(config, config.attends(index)) for index in range(config.blocks))
-        self.film = nn.ModuleList(_scaled(nn.Linear(channels, 2 * channels), 0.0) for _ in range(config.blocks))
+        self.film = nn.ModuleList(nn.Linear(channels, 2 * channels) for _ in range(config.blocks))
         self.mask = BandMask(config.bands, channels)
         self.mean_norm = RMSNorm(channels)
         attending = [index for index in range(config.blocks) if config.attends(index)]
@@ -386,8 +386,8 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _scaled(layer: nn.Linear, factor: float = 0.3) -> nn.Linear:
+def _scaled(layer: nn.Linear) -> nn.Linear:
     """Return a layer with smaller initial weights. Residual branches end in one, so that blocks begin near identity."""
     with torch.no_grad():
-        layer.weight.mul_(factor)
+        layer.weight.mul_(0.3)
     return layer
