@@ -51,8 +51,11 @@ FFMPEG_FORMATS = {
 }
 """Extensions (lower case) that ffmpeg writes, and its name for each format."""
 
-GET_FFMPEG = 'the ffmpeg program, which is not installed: pip install imageio-ffmpeg, or "apt install ffmpeg"'
+GET_FFMPEG = 'the ffmpeg program, which is not installed: pip install "onevoice[formats]", or apt install ffmpeg'
 
+
+Process = subprocess.Popen[bytes]
+Complaint = Callable[[], str]
 
 # Reading --------------------------------------------------------------------------------------------------------
 
@@ -95,11 +98,14 @@ class Source:
             require_ogg_end(self.path, self.name)
 
     def _ffmpeg_blocks(self) -> Iterator[Block]:
-        with _decode_with_ffmpeg(self.path, self.name) as (stream, _, channels):
+        with _decode_with_ffmpeg(self.path, self.name) as (process, complaint, (_, channels)):
+            assert process.stdout is not None
             size = 4 * channels
-            while data := stream.read(size * BLOCK):
+            while data := process.stdout.read(size * BLOCK):
                 whole = len(data) // size * size
                 yield np.frombuffer(data[:whole], ">f4").reshape(-1, channels).astype(np.float32)
+            if process.wait():
+                raise AudioError(f"{self.name}: cannot be decoded to its end ({complaint() or 'ffmpeg failed'})")
 
 
 @contextlib.contextmanager
@@ -137,7 +143,7 @@ def _look(path: Path, name: str) -> Source:
             raise
         if find_ffmpeg() is None:
             raise AudioError(f"{name}: cannot be decoded without {GET_FFMPEG}") from error
-    with _decode_with_ffmpeg(path, name) as (_, sample_rate, channels):
+    with _decode_with_ffmpeg(path, name) as (_, _, (sample_rate, channels)):
         return Source(name, path, channels, sample_rate, None)
 
 
@@ -153,11 +159,11 @@ def find_ffmpeg() -> str | None:
 
 
 @contextlib.contextmanager
-def _decode_with_ffmpeg(path: Path, name: str) -> Iterator[tuple[IO[bytes], int, int]]:
-    """Yield the first sound track as a stream of big-endian float32 samples, with its rate in Hz and its channels.
+def _decode_with_ffmpeg(path: Path, name: str) -> Iterator[tuple[Process, Complaint, tuple[int, int]]]:
+    """Run ffmpeg on the first sound track; yield it as `_run` does, with the rate in Hz and the channels.
 
-    ffmpeg writes it as a Sun AU file, whose header is six 32-bit numbers: magic, size of the header, size of the data,
-    encoding (6 is float32), rate, channels.
+    Its output is big-endian float32 samples, after the header of a Sun AU file: six 32-bit numbers, which are magic,
+    size of the header, size of the data, encoding (6 is float32), rate, channels.
     """
     program = find_ffmpeg()
     if program is None:
@@ -171,16 +177,14 @@ def _decode_with_ffmpeg(path: Path, name: str) -> Iterator[tuple[IO[bytes], int,
         if magic != b".snd" or encoding != 6:
             raise AudioError(f"{name}: cannot be decoded ({complaint() or 'it has no sound'})")
         process.stdout.read(offset - 24)
-        yield process.stdout, rate, channels
-        if process.wait():
-            raise AudioError(f"{name}: cannot be decoded to its end ({complaint() or 'ffmpeg failed'}); copy it again")
+        yield process, complaint, (rate, channels)
 
 
 @contextlib.contextmanager
-def _run(
-    command: Sequence[str], *, stdin: int, stdout: int
-) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
-    """Run a program; yield it, and a function that returns its last line on standard error. It ends with the context.
+def _run(command: Sequence[str], *, stdin: int, stdout: int) -> Iterator[tuple[Process, Complaint]]:
+    """Run a program; yield it, and a function that waits for its end and returns its last line on standard error.
+
+    It is ended with the context.
 
     Ctrl-C reaches this process only, so that it can tidy up.
     """
@@ -199,7 +203,7 @@ def _run(
             for stream in filter(None, (process.stdin, process.stdout)):
                 _close_quietly(stream)
             if process.poll() is None:
-                process.terminate()
+                process.kill()
                 process.wait()
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,34 @@ def test_channels_are_averaged(straight: Extractor) -> None:
     estimate = straight.extract(np.stack([left, right]), 8000, np.stack([left, left]), 8000)
     mean = (left + right) / 2
     np.testing.assert_allclose(estimate, mean - mean.mean(), atol=1e-3)
+
+
+def test_an_offset_of_the_mixture_is_not_part_of_the_voice(straight: Extractor) -> None:
+    estimate = straight.extract(speech(0) + np.float32(0.3), 8000, speech(1))
+    np.testing.assert_allclose(estimate, speech(0) - speech(0).mean(), atol=1e-4)
+
+
+def test_a_list_of_mixtures_gives_a_list(extractor: Extractor) -> None:
+    mixtures, voice = [speech(0) + speech(1), speech(2, 0.5)], extractor.enroll(speech(0, 2.0), 8000)
+    together = extractor.extract(mixtures, 8000, voice)
+    for ours, mixture in zip(together, mixtures, strict=True):
+        np.testing.assert_array_equal(ours, extractor.extract(mixture, 8000, voice))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "rate", "message"),
+    [
+        ([0.1, 0.2], 8000, "mixture: is a float; give a NumPy array or a tensor"),
+        (speech().tolist, 8000, "mixture: is a builtin_function_or_method; give a NumPy array"),
+        (speech(), 0, "mixture: has a sample rate of 0 Hz; give one from 1000 to 768000 Hz"),
+        (speech(), -8000, "mixture: has a sample rate of -8000 Hz"),
+    ],
+)
+def test_what_is_not_a_mixture(extractor: Extractor, mixture: Any, rate: int, message: str) -> None:
+    with pytest.raises(AudioError, match=message):
+        extractor.extract(mixture, rate, speech(0, 2.0), 8000)
+    with pytest.raises(AudioError, match="enrollment: has a sample rate of 0 Hz"):
+        extractor.extract(speech(), 8000, speech(0, 2.0), 0)
 
 
 def test_arrays_and_tensors_give_the_same_in_their_own_type(extractor: Extractor) -> None:

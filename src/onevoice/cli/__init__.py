@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from cyclopts import App, CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, UnknownCommandError
-from cyclopts.exceptions import RepeatArgumentError, UnknownOptionError, UnusedCliTokensError
+from cyclopts.exceptions import ArgumentOrderError, RepeatArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from onevoice.cli import data, reports, training, using
 from onevoice.errors import OnevoiceError
@@ -39,7 +39,7 @@ app.command(data.corpus_app)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with `argv` (the process's arguments by default) and exit."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [using.PIPE if word == "-" else word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
@@ -70,6 +70,8 @@ def explain(error: CycloptsError) -> str:
             return f"{word}: unknown option; {_nearest(word, known) or see}"
         case UnusedCliTokensError():
             return f"{' '.join(error.unused_tokens or ())}: too many arguments; {see}"
+        case ArgumentOrderError() if error.argument is not None:
+            return f"{error.argument.name}: is given by name and by place; give it once; {see}"
         case RepeatArgumentError():
             return f"{error.token.keyword}: appears twice; give it once"
         case MissingArgumentError() if error.argument is not None:

@@ -1,60 +1,162 @@
 """The verbs that use weights: `extract`, `demo`, `info`, `convert` and `eval`."""
 
+import contextlib
+import functools
 import json
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from onevoice.cli.training import visible_device
-from onevoice.errors import CheckpointError, ConfigError
+from onevoice.errors import AudioError, CheckpointError, ConfigError
 
 GROUP = Group("Use weights", sort_key=1)
 """The heading of these verbs in the help."""
 Pretrained = Annotated[str | None, Parameter(name=["--pretrained", "--checkpoint"])]
 """The weights to use; None for the default ones."""
+PIPE = "./-"
+"""How `-`, standard input or output, gets past the command-line library, which takes a lone hyphen for an option."""
 EvalConfigFile = Annotated[Path | None, Parameter(name=["--config", "--c", "-c"])]
 
 
 def extract(
-    mixture: Path,
-    enrollment: Path,
-    output: Path,
-    *,
-    pretrained: Pretrained = None,
-    residual: Path | None = None,
+    mixture: str | None = None,
+    enrollment: str | None = None,
+    output: str | None = None,
+    *more: str,
+    voice: str | None = None,
+    out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
+    jobs_file: Annotated[Path | None, Parameter(name="--list")] = None,
+    residual: str | None = None,
     channel: str = "mean",
     force: bool = False,
+    jobs: Annotated[int, Parameter(name=["--jobs", "-j"])] = 1,
+    pretrained: Pretrained = None,
+    precision: str = "auto",
     config: EvalConfigFile = None,
     device: str = "auto",
 ) -> None:
     """Extract the voice of ENROLLMENT from MIXTURE and write it to OUTPUT.
 
-    OUTPUT is mono and has the sample rate, length and level of MIXTURE.
+    OUTPUT is mono and has the sample rate, length and level of MIXTURE. With --voice, all names are mixtures:
+    onevoice extract MIXTURE... --voice ENROLLMENT --out FOLDER. A stopped extraction of a long recording resumes with
+    the same command.
 
     Args:
-        mixture: The recording of several people, of any length, rate and format; - is standard input.
+        mixture: The recording of several people, of any length, rate and format, or a glob pattern; - is standard
+            input.
         enrollment: Another recording, of the wanted person alone: 3 s or more is best, 0.5 s the minimum.
         output: The file to write. Its ending sets the format; .wav is 32-bit float; - is standard output.
+        more: With --voice, more mixtures.
+        voice: The enrollment, instead of the second name.
+        out: With --voice, the file to write, or the folder, which gets NAME.wav for each mixture.
+        jobs_file: A file of lines {"mixture": …, "voice": …, "output": …, "residual": …}, instead of names.
+        residual: Also write what is left, MIXTURE minus OUTPUT, to this file; with a folder for --out, a folder.
+        channel: Which channel of MIXTURE to use: 1, 2, …, their mean, or each, which keeps all channels apart.
+        force: Replace outputs that exist.
+        jobs: Recordings to work on at once, each in a process of its own.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
             By default, the ones that come with onevoice.
-        residual: Also write what is left, MIXTURE minus OUTPUT, to this file.
-        channel: Which channel of MIXTURE to use: 1, 2, …, their mean, or each, which keeps all channels apart.
-        force: Replace OUTPUT and the residual if they exist.
+        precision: Of the matrix products: float32 or bfloat16; auto is bfloat16 if the processor computes in it.
         config: An eval config whose `model` section describes a .pth checkpoint; other checkpoints need none.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
+    from onevoice.extraction.jobs import Settings, check_jobs, run_jobs
+    from onevoice.extraction.recording import parse_channel
+
+    settings = Settings(parse_channel(channel), force)
+    if jobs < 1:
+        raise ConfigError(f"jobs: must be 1 or more, not {jobs}")
+    names = [name for name in map(_plain, (mixture, enrollment, output, *more)) if name is not None]
+    todo = _jobs_of(names, _plain(voice), _plain(out), jobs_file, _plain(residual))
+    check_jobs(todo, settings)
+    load = functools.partial(_load, pretrained, config, device, precision)
+    with _progress() as report:
+        _print_results(run_jobs(todo, load, settings, jobs, report), len(todo), any(job.output == "-" for job in todo))
+
+
+def _plain(name: str | None) -> str | None:
+    """Return the name as the user wrote it."""
+    return "-" if name == PIPE else name
+
+
+def _jobs_of(
+    names: list[str], voice: str | None, out: str | None, jobs_file: Path | None, residual: str | None
+) -> list[Any]:
+    """Return the jobs that a command line asks for. Raises `ConfigError`."""
+    from onevoice.extraction.jobs import Job, jobs_for, read_jobs
+
+    see = "see onevoice extract --help"
+    if jobs_file is not None:
+        if names or voice is not None or out is not None or residual is not None:
+            raise ConfigError("--list: names mixtures, voices and outputs itself; leave the other names out")
+        return read_jobs(jobs_file)
+    if voice is not None:
+        if not names:
+            raise ConfigError(f"MIXTURE: is missing; {see}")
+        if out is None:
+            raise ConfigError(f"--out: is missing; name the file or the folder to write; {see}")
+        return jobs_for(names, voice, out, residual)
+    if out is not None and len(names) == 2:
+        names = [*names, out]
+    elif out is not None:
+        raise ConfigError(f"--out: needs --voice, or a mixture and an enrollment before it; {see}")
+    if len(names) > 3:
+        raise ConfigError(f"{' '.join(names[3:])}: too many arguments; {see}")
+    if len(names) < 3:
+        raise ConfigError(f"{('MIXTURE', 'ENROLLMENT', 'OUTPUT')[len(names)]}: is missing; {see}")
+    return [Job(names[0], names[1], names[2], residual)]
+
+
+def _load(pretrained: str | None, config: Path | None, device: str, precision: str) -> Any:
+    """Load the network in the process that runs it."""
     from onevoice.extraction.extractor import load
-    from onevoice.extraction.recording import check_files, extract_file, parse_channel
     from onevoice.processes import keep_freed_memory
 
-    which = parse_channel(channel)
-    check_files(mixture, enrollment, output, residual, channel=which, force=force)
     keep_freed_memory()
-    extractor = load(pretrained, _model_of(config), device)
-    done = extract_file(extractor, mixture, enrollment, output, residual, channel=which, force=force)
-    print(done.text(), file=sys.stderr if str(output) == "-" else sys.stdout)
+    return load(pretrained, _model_of(config), device, precision)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[float], None]]:
+    """Show how much of a recording is done and the remaining time, if standard error is a terminal."""
+    from tqdm import tqdm
+
+    form = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=1.0, disable=None, leave=False, bar_format=form) as bar:
+
+        def report(share: float) -> None:
+            if share < bar.n:
+                bar.reset()
+            bar.update(share - bar.n)
+
+        yield report
+
+
+def _print_results(results: Iterable[Any], count: int, to_error: bool) -> None:
+    """Print a line per recording and, for several, one about all of them. Raises the error of a failed one at the end.
+
+    The lines go to standard error if the sound goes to standard output.
+    """
+    from onevoice.extraction.jobs import Failure
+
+    out, done, failed = sys.stderr if to_error else sys.stdout, [], []
+    for result in results:
+        if isinstance(result, Failure):
+            failed.append(result.message)
+            if count > 1:
+                print(f"onevoice: failed: {result.message}", file=sys.stderr)
+        else:
+            done.append(result)
+            print(result.text(), file=out, flush=True)
+    if count > 1:
+        seconds, elapsed = (sum(getattr(each, key) for each in done) for key in ("seconds", "elapsed_seconds"))
+        print(f"{len(done)} of {count} recordings, {seconds:.1f} s of sound in {elapsed:.1f} s", file=out)
+    if failed:
+        raise AudioError(failed[0] if count == 1 else f"{len(failed)} of {count} recordings failed")
 
 
 def _model_of(config: Path | None) -> Any:

@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from onevoice.audio import (
     resample_blocks,
     to_mono,
 )
-from onevoice.errors import AudioError
+from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Plan, Spool, estimate_windows, least_residual_gain, make_plan, measure_level
@@ -49,15 +49,19 @@ MAX_GAIN = 2.0
 CANCELLATION = 0.1
 """Channels cancel if their mean has less than this share of the power that independent channels would leave."""
 
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Of the matrix products in `Extractor.extract`; speaker embeddings and `Extractor.estimate` are always float32."""
+
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
 
 class Extractor:
     """A trained network, ready to extract voices. Threads may share one."""
 
-    def __init__(self, model: Network, card: Card) -> None:
+    def __init__(self, model: Network, card: Card, precision: Precision = "float32") -> None:
         self.model = model.eval()
         self.card = card
+        self.precision: Precision = pick_precision(self.device) if precision == "auto" else precision
 
     @property
     def sample_rate(self) -> int:
@@ -205,16 +209,35 @@ class Extractor:
     def _estimate_window(
         self, embedding: Float[Tensor, "1 speaker_dim"], sound: Float[Tensor, "1 samples"], level: Level | None
     ) -> Float[Tensor, "1 samples"]:
-        return self.model.extract(sound.to(self.device), embedding, level=level)[0].float().cpu()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.model.extract(sound.to(self.device), embedding, level=level)[0].float().cpu()
 
 
-def load(checkpoint: str | Path | None = None, config: ModelConfig | None = None, device: str = "auto") -> Extractor:
+def load(
+    checkpoint: str | Path | None = None,
+    config: ModelConfig | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+) -> Extractor:
     """Load weights by published name, path or hub address (`checkpoint.resolve`); None means the default weights.
 
-    `config` describes the model of a `.pth` file; other files describe themselves. Raises `CheckpointError`, and
-    `ConfigError` for a device that is not available.
+    `config` describes the model of a `.pth` file; other files describe themselves. `precision` is float32, bfloat16 or
+    auto, see `pick_precision`. Raises `CheckpointError`, and `ConfigError` for a device that is not available.
     """
-    return Extractor(*load_model(resolve(checkpoint), config, pick_device(device)))
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision: {precision!r} is none; choose one of {', '.join(get_args(Precision))}")
+    place = pick_device(device)
+    return Extractor(*load_model(resolve(checkpoint), config, place), cast(Precision, precision))
+
+
+def pick_precision(device: torch.device) -> Precision:
+    """Return bfloat16 if the processor has instructions for it, because it is faster then; float32 otherwise."""
+    has_bfloat16 = (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from onevoice.audio import BLOCK, Block, Mono, resample, resample_columns, to_mono
 from onevoice.errors import AudioError, ConfigError
@@ -153,7 +154,7 @@ def _make_folder(output: Path) -> Path:
     return output.absolute().parent
 
 
-def pick(block: Block, channel: Channel) -> Block:
+def pick(block: Block, channel: Channel) -> Float[np.ndarray, "_block _picked"]:
     """Return the chosen channel, their mean, or all channels of a block, as columns."""
     if channel == "each":
         return block

@@ -24,9 +24,9 @@ from torch import Tensor
 from onevoice.audio import BLOCK, Mono
 from onevoice.models.base import Level, NetworkConfig
 
-WHOLE_SECONDS = 40.0
+WHOLE_SECONDS = 60.0
 """The longest recording that a network with statistics of the whole gets at once, and the longest window."""
-CONTEXT_SECONDS = 4.0
+CONTEXT_SECONDS = 2.0
 """Context of such a network, to each side."""
 FADE_SECONDS = 0.5
 """Length of the cross-fade between windows of such a network."""
@@ -121,7 +121,7 @@ def make_plan(config: NetworkConfig, samples: int) -> Plan:
     if samples <= longest * rate + 2 * around_samples:
         return Plan(samples, max(samples, 1), 0, 0)
     count = -(-samples // int(longest * rate))
-    core = -(-samples // count // hop + 1) * hop if hop > 1 else -(-samples // count)
+    core = -(-samples // (count * hop)) * hop
     return Plan(samples, core, around_samples, fade)
 
 

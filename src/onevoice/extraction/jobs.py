@@ -1,0 +1,165 @@
+"""Many recordings: which files, one voice or several, and the work spread over processes."""
+
+import functools
+import glob
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as section
+
+from onevoice.config import STRICT, from_dict
+from onevoice.errors import AudioError, ConfigError, OnevoiceError
+from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.recording import Channel, Extraction, check_files, enroll_file, extract_file
+from onevoice.extraction.voice import Voice
+from onevoice.processes import ordered_map
+from onevoice.streams import PIPE, check_outputs
+
+PATTERN_SIGNS = "*?["
+"""Signs that make a name a glob pattern, unless a file has that name."""
+
+
+@section(frozen=True, config=STRICT)
+class Job:
+    """One extraction: a line of a job list."""
+
+    mixture: Annotated[str, Field(min_length=1)]
+    """The recording of several people."""
+    voice: Annotated[str, Field(min_length=1)]
+    """The enrollment."""
+    output: Annotated[str, Field(min_length=1)]
+    """The file to write."""
+    residual: str | None = None
+    """The file for what is left; null: none."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all jobs."""
+
+    channel: Channel = "mean"
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that could not be done."""
+
+    job: Job
+    message: str
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Return the files that names and glob patterns stand for, each once; patterns in order. Raises `AudioError`."""
+    found: list[str] = []
+    for name in names:
+        if name == PIPE or Path(name).exists() or not any(sign in name for sign in PATTERN_SIGNS):
+            found.append(name)
+            continue
+        paths = glob.glob(name, recursive=True)  # noqa: PTH207, Path.glob takes no absolute patterns
+        matches = sorted(path for path in paths if Path(path).is_file())
+        if not matches:
+            raise AudioError(f"{name}: matches no file; check the pattern")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def jobs_for(mixtures: Sequence[str], voice: str, out: str, residual: str | None = None) -> list[Job]:
+    """Return the jobs for one voice in several mixtures.
+
+    One mixture goes to the file `out`, if that has an extension. Otherwise `out` is a folder and gets NAME.wav for each
+    mixture NAME.*; `residual` is then a folder too. Raises `ConfigError` for two mixtures of one name.
+    """
+    mixtures = expand(mixtures)
+    if len(mixtures) == 1 and not Path(out).is_dir() and (out == PIPE or Path(out).suffix):
+        return [Job(mixtures[0], voice, out, residual)]
+    if PIPE in (*mixtures, out):
+        raise ConfigError("-: standard input and output are for one mixture; name the output file with --out FILE")
+    places: dict[str, str] = {}
+    for mixture in mixtures:
+        name = f"{Path(mixture).stem}.wav"
+        if name in places:
+            raise ConfigError(f"{mixture}: would get the same output as {places[name]}; use a job list (--list)")
+        places[name] = mixture
+    return [
+        Job(mixture, voice, str(Path(out) / name), None if residual is None else str(Path(residual) / name))
+        for name, mixture in places.items()
+    ]
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """Read a job list in JSON Lines, one `Job` per line; relative names start at its folder. Raises `ConfigError`."""
+    jobs = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}: line {number} is not JSON ({error}); write one object per line") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: line {number} is not an object; write {{}} with mixture, voice and output")
+        job = from_dict(Job, values, name=f"{path}: line {number}")
+        places = {key: str(path.parent / name) for key, name in vars(job).items() if isinstance(name, str)}
+        jobs.append(replace(job, **places))
+    if not jobs:
+        raise ConfigError(f"{path}: holds no jobs; write one object per line")
+    return jobs
+
+
+def check_jobs(jobs: Sequence[Job], settings: Settings) -> None:
+    """Look at all inputs and outputs before any work. Raises what `extract_file` raises."""
+    inputs = [name for job in jobs for name in (job.mixture, job.voice)]
+    check_outputs([name for job in jobs for name in (job.output, job.residual)], inputs, settings.force)
+    for job in jobs:
+        check_files(job.mixture, job.voice, job.output, job.residual, channel=settings.channel, force=settings.force)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    load: Callable[[], Extractor],
+    settings: Settings,
+    workers: int = 1,
+    report: Callable[[float], None] | None = None,
+) -> Iterator[Extraction | Failure]:
+    """Do the jobs and yield what became of each, in order. A job that fails does not stop the others.
+
+    Each of the `workers` processes loads the network once, so `load` must be picklable. `report` gets the share that is
+    done of the current job; with several processes nothing is reported in between.
+    """
+    make_work = functools.partial(_start, load, settings, report if workers == 1 else None)
+    yield from ordered_map(make_work, jobs, min(workers, len(jobs)))
+
+
+def _start(
+    load: Callable[[], Extractor], settings: Settings, report: Callable[[float], None] | None
+) -> Callable[[Job], Extraction | Failure]:
+    extractor = load()
+    voices: dict[str, Voice] = {}
+
+    def work(job: Job) -> Extraction | Failure:
+        try:
+            if job.voice not in voices:
+                voices[job.voice] = enroll_file(extractor, job.voice)
+            return extract_file(
+                extractor,
+                job.mixture,
+                voices[job.voice],
+                job.output,
+                job.residual,
+                channel=settings.channel,
+                force=settings.force,
+                report=report or (lambda share: None),
+            )
+        except OnevoiceError as error:
+            return Failure(job, str(error))
+
+    return work
