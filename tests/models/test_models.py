@@ -270,3 +270,14 @@ def test_copies_are_independent(model: Network) -> None:
     with torch.no_grad():
         next(other.parameters()).add_(1.0)
     assert not torch.equal(next(other.parameters()), next(model.parameters()))
+
+
+@pytest.mark.parametrize("name", list(SMALL_CONFIGS))
+def test_the_estimate_without_gradients_is_the_same(name: str) -> None:
+    """Without gradients, SpEx+ adds up the taps of its depthwise convolutions itself."""
+    torch.manual_seed(0)
+    model = MODELS[name](SMALL_CONFIGS[name]).eval()
+    batch: Batch = {"audio": torch.randn(2, 3001), "ref": torch.randn(2, 4000)}
+    expected = model(batch)["predicted_audio"][0].detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(batch)["predicted_audio"][0], expected, atol=1e-5, rtol=1e-4)

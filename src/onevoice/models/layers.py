@@ -180,7 +180,7 @@ class TemporalBlock(nn.Module):
             offset = self._speaker_part(embedding)
             hidden = F.conv1d(frames, self.expand.weight[:, : -embedding.shape[1]]) + offset[:, :, None]
         hidden = self.expand_norm(self.expand_prelu(hidden), mask)
-        hidden = self.depthwise_norm(self.depthwise_prelu(self.depthwise(hidden)), mask)
+        hidden = self.depthwise_norm(self.depthwise_prelu(self._mix_taps(hidden)), mask)
         residual: Tensor = self.project(hidden)
         return frames + residual
 
@@ -209,6 +209,20 @@ class TemporalBlock(nn.Module):
             dilation, eps = self.depthwise.dilation[0], self.expand_norm.eps
             run: Callable[..., Tensor] = compile_once(temporal_block)
             return run(frames, offset, weights, dilation, eps, precision)
+
+    def _mix_taps(self, hidden: ChannelsFirst) -> ChannelsFirst:
+        """Return the depthwise convolution. In float32 on a CPU, without gradients, shifted products are faster."""
+        layer = self.depthwise
+        is_plain = hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if hidden.device.type != "cpu" or not is_plain or torch.is_grad_enabled() or layer.bias is None:
+            result: Tensor = layer(hidden)
+            return result
+        count, step, reach = hidden.shape[2], layer.dilation[0], int(layer.padding[0])
+        padded, taps = F.pad(hidden, (reach, reach)), layer.weight[:, 0, :, None].unbind(1)
+        mixed = torch.addcmul(layer.bias[:, None], taps[0], padded[:, :, :count])
+        for index, tap in enumerate(taps[1:], 1):
+            mixed.addcmul_(tap, padded[:, :, index * step : index * step + count])
+        return mixed
 
     def _speaker_part(self, embedding: Float[Tensor, "batch speaker_dim"]) -> Float[Tensor, "batch hidden"]:
         """Return what the speaker adds to every frame of the first product, plus the bias of that product."""

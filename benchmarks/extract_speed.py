@@ -1,0 +1,115 @@
+"""How fast a voice is extracted: the network alone, and the command on files of any length.
+
+    python benchmarks/extract_speed.py [--threads 2] [--repeats 5] [--seconds 10 600 3600] [--pretrained NAME]
+
+The first table is for 10 s of sound: the plain layers of torch with the same sizes (`plain_layers.py`), for SpEx+, and
+ours in float32 and bfloat16. Runs alternate; the table shows medians, and how far an estimate is from that of float32.
+The second table runs the command as a process on the sample recording, tiled to a length, in stereo at 44.1 kHz:
+seconds of sound per second of time and of processor time, and peak memory. Its first row is the start-up.
+
+On a busy machine, `--threads 1` and processor time are the figures to compare.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from plain_layers import PlainSpExPlus
+
+from onevoice.audio import read_audio, resample
+from onevoice.evaluation.demo import SAMPLES
+from onevoice.extraction.extractor import Extractor, load
+from onevoice.models import SpExPlusConfig
+from onevoice.processes import keep_freed_memory
+
+COMMAND = [sys.executable, "-m", "onevoice", "extract"]
+
+
+def measure_network(pretrained: str | None, repeats: int, threads: int) -> None:
+    plain = load(pretrained, device="cpu")
+    voice = plain.enroll(read_audio(SAMPLES / "enrollment.flac")[0], 16_000)
+    sound = np.resize(read_audio(SAMPLES / "mixture.flac", plain.sample_rate)[0], 10 * plain.sample_rate)
+    extractors = {"float32": plain, "bfloat16": Extractor(plain.model, plain.card, "bfloat16")}
+    results = {name: extractor.extract(sound, plain.sample_rate, voice) for name, extractor in extractors.items()}
+    layers = PlainSpExPlus(plain.card.config).eval() if isinstance(plain.card.config, SpExPlusConfig) else None
+    batch = {"audio": torch.from_numpy(sound)[None], "ref": torch.from_numpy(sound)[None, :8000]}
+    times: dict[str, list[float]] = {name: [] for name in ("plain layers", *extractors)}
+    for _ in range(repeats):
+        for name, extractor in extractors.items():
+            begin = time.process_time()
+            extractor.extract(sound, plain.sample_rate, voice)
+            times[name].append(time.process_time() - begin)
+        if layers is not None:
+            begin = time.process_time()
+            with torch.inference_mode():
+                layers(batch)
+            times["plain layers"].append(time.process_time() - begin)
+    reference = results["float32"].astype(float)
+    for name, seconds in times.items():
+        if seconds:
+            base = statistics.median(times["plain layers"] or times["float32"])
+            error = results.get(name, reference) - reference
+            far = 10 * np.log10(max((error**2).sum(), 1e-30) / (reference**2).sum())
+            middle = statistics.median(seconds)
+            print(
+                f"{name:14}{10 * threads / middle:8.1f}x real time {base / middle:6.2f}x {far:8.1f} dB from float32",
+                flush=True,
+            )
+
+
+def write_recording(path: Path, seconds: float) -> None:
+    sound = resample(read_audio(SAMPLES / "mixture.flac")[0], 16_000, 44_100)
+    left = round(seconds * 44_100)
+    with soundfile.SoundFile(path, "w", 44_100, 2) as file:
+        while left > 0:
+            file.write(np.stack([sound, 0.8 * np.roll(sound, 300)], axis=1)[:left])
+            left -= len(sound)
+
+
+def run_command(folder: Path, seconds: float, options: list[str]) -> tuple[float, float, float]:
+    """Return the time, the processor time and the peak memory in GB of the command on a recording of a length."""
+    mixture = folder / f"{seconds:g}.wav"
+    write_recording(mixture, seconds)
+    begin = time.perf_counter()
+    arguments = [mixture, SAMPLES / "enrollment.flac", folder / "voice.wav", "--force", *options]
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    mixture.unlink()
+    return time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, nargs="*", default=[10, 600, 3600])
+    parser.add_argument("--pretrained")
+    parser.add_argument("--precision", default="auto")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    keep_freed_memory()
+    measure_network(options.pretrained, options.repeats, options.threads)
+    chosen = ["--precision", options.precision]
+    chosen += ["--pretrained", options.pretrained] if options.pretrained else []
+    with tempfile.TemporaryDirectory() as folder:
+        starts = [run_command(Path(folder), 1, chosen) for _ in range(3)]
+        start, cpu = (statistics.median(column) for column in list(zip(*starts, strict=True))[:2])
+        print(f"command, 1 s of sound: {start:.2f} s, {cpu:.2f} s of processor time")
+        for seconds in options.seconds:
+            taken, cpu, memory = run_command(Path(folder), seconds, chosen)
+            speeds = f"{seconds / taken:8.1f}x real time {seconds / cpu:8.1f}x by processor time"
+            print(f"{seconds:8g} s {speeds} {memory:6.2f} GB peak", flush=True)
+
+
+if __name__ == "__main__":
+    main()
