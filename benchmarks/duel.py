@@ -81,7 +81,7 @@ class Contender:
     def validate(self) -> str:
         """Score the validation trials; return a row of the table."""
         trainer = self.trainer
-        found = score_trials(trainer.state.weights, trainer.validation_trials, trainer.device) or []
+        found = score_trials(trainer.state.weights, trainer.validation_trials, trainer.device, trainer.judge) or []
         self.scores = [score.improvement for score in found if score.improvement is not None]
         error = statistics.stdev(self.scores) / len(self.scores) ** 0.5
         failures = failure_rate(self.scores) or 0.0

@@ -84,6 +84,8 @@ class Trainer:
         require_pesq(experiment.tracking.pesq_examples, rate)
         self.source = open_source(data, rate, seed, self.device, group.share, experiment.training.steps_per_epoch)
         self.validation_trials = ValidationTrials(data, rate, seed, self.device, group.share)
+        pesq_trials = self.validation_trials.names[: experiment.tracking.pesq_examples]
+        self.judge = Judge(experiment.loss, rate, frozenset(pesq_trials))
         self.experiment = experiment = fill_model_fields(experiment, len(self.source.speakers))
         self.folder = Path(experiment.runs_folder) / experiment.name
         self.state = TrainingState.create(experiment, self.device, self.planned_steps)
@@ -185,8 +187,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Return the mean scores over the validation trials; {} if asked to stop before the end."""
-        tracking, rate = self.experiment.tracking, self.experiment.model.sample_rate
-        remaining = tracking.audio_examples
+        remaining, rate = self.experiment.tracking.audio_examples, self.experiment.model.sample_rate
 
         def record_sounds(batch: TrialBatch, estimate: Tensor) -> None:
             nonlocal remaining
@@ -195,9 +196,8 @@ class Trainer:
                     self.tracker.audio(self.state.progress.step, name, sounds(batch, estimate, row), rate)
                     remaining -= 1
 
-        judge = Judge(self.experiment.loss, rate, frozenset(self.validation_trials.names[: tracking.pesq_examples]))
         return validate(
-            self.state.weights, self.validation_trials, self.device, self.group, judge, record_sounds,
+            self.state.weights, self.validation_trials, self.device, self.group, self.judge, record_sounds,
             lambda: self.stop_request.signal is not None,
         )  # fmt: skip
 
