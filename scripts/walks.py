@@ -99,7 +99,7 @@ def evaluation(folder: Path) -> Walk:
 
 WALKS: dict[str, tuple[Callable[[Path], Walk], int]] = {
     "recording → gradient": (training_step, 15),
-    "command → voice": (extraction, 13),
+    "command → voice": (extraction, 16),
     "config → number": (evaluation, 10),
 }
 """Each walk, and the largest number of files it may enter."""

@@ -240,7 +240,16 @@ def test_the_public_names() -> None:
     code = "import onevoice; [getattr(onevoice, name) for name in onevoice.__all__]; print(sorted(onevoice.__all__))"
     done = process(["-c", code])
     assert (done.status, done.err) == (0, "")
-    names = {"load", "Extractor", "MixtureGenerator", "MultiLoss", "OnevoiceError", "SpExPlus", "SpExPlusConfig"}
+    names = {
+        "load",
+        "Extractor",
+        "MixtureGenerator",
+        "MultiLoss",
+        "OnevoiceError",
+        "SpExPlus",
+        "SpExPlusConfig",
+        "separate",
+    }
     assert {*names, "__version__"} == set(ast.literal_eval(done.out))
 
 

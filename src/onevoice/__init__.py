@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onevoice.errors import OnevoiceError as OnevoiceError
+    from onevoice.extraction.enrollment import separate as separate
     from onevoice.extraction.extractor import Extractor as Extractor
     from onevoice.extraction.extractor import load as load
     from onevoice.mixing.generator import MixtureGenerator as MixtureGenerator
@@ -30,6 +31,7 @@ _MODULES = {
     "SpExPlus": "onevoice.models",
     "SpExPlusConfig": "onevoice.models",
     "load": "onevoice.extraction.extractor",
+    "separate": "onevoice.extraction.enrollment",
 }
 __all__ = ["__version__", *_MODULES]
 

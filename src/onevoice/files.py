@@ -1,6 +1,7 @@
 """Writing files so that a file is complete once it has its name, rows of JSON, and what kind of file a file is."""
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -135,3 +136,10 @@ def whole_rows(path: Path) -> Iterator[Row]:
 
 def _temporary_name(path: Path) -> str:
     return f".{path.name}.{os.getpid()}.part"
+
+
+def package_file(package: str, name: str) -> Path | None:
+    """Return a data file of an installed package without importing the package; None if it is not there."""
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next((path for path in (Path(folder) / name for folder in folders) if path.is_file()), None)

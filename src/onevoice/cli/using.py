@@ -27,9 +27,10 @@ def extract(
     enrollment: str | None = None,
     output: str | None = None,
     *more: str,
-    voice: str | None = None,
+    voice: list[str] | None = None,
     out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
     jobs_file: Annotated[Path | None, Parameter(name="--list")] = None,
+    everyone: Annotated[str | None, Parameter(name="--all")] = None,
     residual: str | None = None,
     channel: str = "mean",
     force: bool = False,
@@ -51,9 +52,11 @@ def extract(
         enrollment: Another recording, of the wanted person alone: 3 s or more is best, 0.5 s the minimum.
         output: The file to write. Its ending sets the format; .wav is 32-bit float; - is standard output.
         more: With --voice, more mixtures.
-        voice: The enrollment, instead of the second name.
+        voice: The enrollment, instead of the second name: a FILE, a stretch of one (FILE@1:20-1:31), a person whom
+            onevoice voices lists (FILE#2), or a saved voice (FILE.voice). Several recordings of the person: repeat it.
         out: With --voice, the file to write, or the folder, which gets NAME.wav for each mixture.
         jobs_file: A file of lines {"mixture": …, "voice": …, "output": …, "residual": …}, instead of names.
+        everyone: Without any enrollment, extract every person who is found in MIXTURE, into this folder.
         residual: Also write what is left, MIXTURE minus OUTPUT, to this file; with a folder for --out, a folder.
         channel: Which channel of MIXTURE to use: 1, 2, …, their mean, or each, which keeps all channels apart.
         force: Replace outputs that exist.
@@ -71,7 +74,11 @@ def extract(
     if jobs < 1:
         raise ConfigError(f"jobs: must be 1 or more, not {jobs}")
     names = [name for name in map(_plain, (mixture, enrollment, output, *more)) if name is not None]
-    todo = _jobs_of(names, _plain(voice), _plain(out), jobs_file, _plain(residual))
+    voices = tuple("-" if each == PIPE else each for each in voice or ())
+    if everyone is not None:
+        todo = _jobs_for_everyone(names, everyone, bool(voices or out or jobs_file or residual))
+    else:
+        todo = _jobs_of(names, voices, _plain(out), jobs_file, _plain(residual))
     check_jobs(todo, settings)
     load = functools.partial(_load, pretrained, config, device, precision)
     with _progress() as report:
@@ -84,22 +91,22 @@ def _plain(name: str | None) -> str | None:
 
 
 def _jobs_of(
-    names: list[str], voice: str | None, out: str | None, jobs_file: Path | None, residual: str | None
+    names: list[str], voices: tuple[str, ...], out: str | None, jobs_file: Path | None, residual: str | None
 ) -> list[Any]:
     """Return the jobs that a command line asks for. Raises `ConfigError`."""
     from onevoice.extraction.jobs import Job, jobs_for, read_jobs
 
     see = "see onevoice extract --help"
     if jobs_file is not None:
-        if names or voice is not None or out is not None or residual is not None:
+        if names or voices or out is not None or residual is not None:
             raise ConfigError("--list: names mixtures, voices and outputs itself; leave the other names out")
         return read_jobs(jobs_file)
-    if voice is not None:
+    if voices:
         if not names:
             raise ConfigError(f"MIXTURE: is missing; {see}")
         if out is None:
             raise ConfigError(f"--out: is missing; name the file or the folder to write; {see}")
-        return jobs_for(names, voice, out, residual)
+        return jobs_for(names, voices[0] if len(voices) == 1 else voices, out, residual)
     if out is not None and len(names) == 2:
         names = [*names, out]
     elif out is not None:
@@ -109,6 +116,22 @@ def _jobs_of(
     if len(names) < 3:
         raise ConfigError(f"{('MIXTURE', 'ENROLLMENT', 'OUTPUT')[len(names)]}: is missing; {see}")
     return [Job(names[0], names[1], names[2], residual)]
+
+
+def _jobs_for_everyone(names: list[str], folder: str, has_more: bool) -> list[Any]:
+    """Return a job for each person who is found in a recording. Raises `ConfigError`."""
+    from onevoice.extraction.enrollment import find_in_file
+    from onevoice.extraction.jobs import Job
+
+    if len(names) != 1 or names[0] == "-" or has_more:
+        raise ConfigError("--all: needs one mixture, from a file, and no other names; see onevoice extract --help")
+    found = find_in_file(names[0])
+    if not found:
+        raise AudioError(f"{names[0]}: no speech was found in it")
+    return [
+        Job(names[0], f"{names[0]}#{each.number}", str(Path(folder) / f"{Path(names[0]).stem}-{each.number}.wav"))
+        for each in found
+    ]
 
 
 def _load(pretrained: str | None, config: Path | None, device: str, precision: str) -> Any:

@@ -33,8 +33,8 @@ import safetensors
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as section
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load as unpack_tensors
+from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
 from onevoice.config import STRICT, from_dict, load_config, to_dict
@@ -88,30 +88,45 @@ class Card:
 
 def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None:
     """Write weights and card to `path`, atomically. Raises `StorageError`."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    atomic_write(path, save_tensors(tensors, metadata={CARD_KEY: card.to_json()}))
+    save_tensors(path, state, {CARD_KEY: card.to_json()})
 
 
 def load_checkpoint(path: str | Path) -> tuple[State, Card]:
     """Read the weights and the card of a `.safetensors` checkpoint. Raises `CheckpointError`."""
-    path, card = Path(path), read_card(path)
-    try:
-        return load_tensors(path.read_bytes()), card
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise unreadable_error(path, str(error)) from error
+    card = read_card(path)
+    return load_tensors(path), card
 
 
 def read_card(path: str | Path) -> Card:
     """Read the card of a `.safetensors` checkpoint without its weights. Raises `CheckpointError`."""
     path = _existing(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise unreadable_error(path, str(error)) from error
+    metadata = read_metadata(path)
     if CARD_KEY not in metadata:
         raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
     return _parse_card(metadata[CARD_KEY], path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and a header to a `.safetensors` file, atomically. Raises `StorageError`."""
+    packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    atomic_write(path, pack_tensors(packed, metadata=metadata))
+
+
+def load_tensors(path: str | Path) -> State:
+    """Read the tensors of a `.safetensors` file. Raises `CheckpointError`."""
+    try:
+        return unpack_tensors(Path(path).read_bytes())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise unreadable_error(Path(path), str(error)) from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read the header of a `.safetensors` file without its tensors. Raises `CheckpointError`."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise unreadable_error(Path(path), str(error)) from error
 
 
 def load_weights(path: str | Path) -> tuple[State, Card | None]:

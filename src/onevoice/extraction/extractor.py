@@ -17,6 +17,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, overload
 
@@ -36,7 +37,8 @@ from onevoice.audio import (
 )
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
-from onevoice.extraction.voice import Voice
+from onevoice.extraction.vad import speech_mask
+from onevoice.extraction.voice import Voice, clipped_share, examine, trim
 from onevoice.extraction.windows import Plan, Spool, estimate_windows, least_residual_gain, make_plan, measure_level
 from onevoice.models import Batch, ModelConfig, Network, to_network
 from onevoice.models.base import Level, pick_device
@@ -87,20 +89,33 @@ class Extractor:
             digest.update(value.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def enroll(self, recordings: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], sample_rate: int) -> Voice:
-        """Return the voice of a person from one recording or a list of them, of that person alone, with a rate in Hz.
+    def enroll(
+        self,
+        recordings: np.ndarray | Tensor | Sequence[np.ndarray | Tensor],
+        sample_rate: int | Sequence[int],
+        names: Sequence[str] = (),
+    ) -> Voice:
+        """Return the voice of a person from one recording or a list of them, of that person alone.
 
-        Each recording is `(samples,)` or `(channels, samples)` with full scale 1.0. Raises `AudioError` for empty,
-        silent, NaN or too short input.
+        Each recording is `(samples,)` or `(channels, samples)` with full scale 1.0. The rate is in Hz, one for all or
+        one for each. Long pauses are cut out. The check-up of the voice has warnings for what is likely to spoil an
+        extraction. Raises `AudioError` for empty, silent, NaN or too short input.
         """
         given = [recordings] if isinstance(recordings, np.ndarray | Tensor) else list(recordings)
         sounds = [_as_mono(each, "enrollment") for each in given]
-        require_sample_rate(sample_rate, "enrollment")
-        if not sounds:
-            raise AudioError("enrollment: no recordings; give one or more")
-        for sound in sounds:
-            check_enrollment(sound, sample_rate, "enrollment")
-        return self.embed([resample(sound, sample_rate, self.sample_rate) for sound in sounds])
+        rates = [sample_rate] * len(sounds) if isinstance(sample_rate, int) else list(sample_rate)
+        if not sounds or len(rates) != len(sounds):
+            raise AudioError("enrollment: no recordings, or not one rate for each; give one or more")
+        for sound, rate in zip(sounds, rates, strict=True):
+            require_sample_rate(rate, "enrollment")
+            check_enrollment(sound, rate, "enrollment")
+        clipped = float(np.mean([clipped_share(sound) for sound in sounds]))
+        sounds = [resample(sound, rate, self.sample_rate) for sound, rate in zip(sounds, rates, strict=True)]
+        masks = [speech_mask(sound, self.sample_rate) for sound in sounds]
+        least = MIN_ENROLLMENT_SECONDS * self.sample_rate
+        speech = [trim(sound, mask, least) for sound, mask in zip(sounds, masks, strict=True)]
+        check_up = examine(sounds, masks, self.sample_rate, clipped)
+        return replace(self.embed(speech), sources=tuple(names), check_up=check_up)
 
     @torch.inference_mode()
     def embed(self, sounds: Sequence[Mono]) -> Voice:

@@ -4,7 +4,7 @@ import functools
 import glob
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass as section
 
 from onevoice.config import STRICT, from_dict
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
+from onevoice.extraction.enrollment import as_places, enroll_files
 from onevoice.extraction.extractor import Extractor
-from onevoice.extraction.recording import Channel, Extraction, check_files, enroll_file, extract_file
+from onevoice.extraction.recording import Channel, Extraction, check_files, extract_file
 from onevoice.extraction.voice import Voice
 from onevoice.processes import ordered_map
 from onevoice.streams import PIPE, check_outputs
@@ -29,8 +30,8 @@ class Job:
 
     mixture: Annotated[str, Field(min_length=1)]
     """The recording of several people."""
-    voice: Annotated[str, Field(min_length=1)]
-    """The enrollment."""
+    voice: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    """The enrollment, or several of one person: FILE, FILE@1:20-1:31, FILE#2, or FILE.voice."""
     output: Annotated[str, Field(min_length=1)]
     """The file to write."""
     residual: str | None = None
@@ -68,7 +69,7 @@ def expand(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def jobs_for(mixtures: Sequence[str], voice: str, out: str, residual: str | None = None) -> list[Job]:
+def jobs_for(mixtures: Sequence[str], voice: str | tuple[str, ...], out: str, residual: str | None = None) -> list[Job]:
     """Return the jobs for one voice in several mixtures.
 
     One mixture goes to the file `out`, if that has an extension. Otherwise `out` is a folder and gets NAME.wav for each
@@ -108,16 +109,27 @@ def read_jobs(path: Path) -> list[Job]:
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: line {number} is not an object; write {{}} with mixture, voice and output")
         job = from_dict(Job, values, name=f"{path}: line {number}")
-        places = {key: str(path.parent / name) for key, name in vars(job).items() if isinstance(name, str)}
-        jobs.append(replace(job, **places))
+        jobs.append(_below(job, path.parent))
     if not jobs:
         raise ConfigError(f"{path}: holds no jobs; write one object per line")
     return jobs
 
 
+def _below(job: Job, folder: Path) -> Job:
+    """Return the job with its names relative to `folder`."""
+    voices = (job.voice,) if isinstance(job.voice, str) else job.voice
+    placed = tuple(str(folder / voice) for voice in voices)
+    return Job(
+        str(folder / job.mixture),
+        placed[0] if isinstance(job.voice, str) else placed,
+        str(folder / job.output),
+        None if job.residual is None else str(folder / job.residual),
+    )
+
+
 def check_jobs(jobs: Sequence[Job], settings: Settings) -> None:
     """Look at all inputs and outputs before any work. Raises what `extract_file` raises."""
-    inputs = [name for job in jobs for name in (job.mixture, job.voice)]
+    inputs = [name for job in jobs for name in (job.mixture, *(place.path for place in as_places(job.voice)))]
     check_outputs([name for job in jobs for name in (job.output, job.residual)], inputs, settings.force)
     for job in jobs:
         check_files(job.mixture, job.voice, job.output, job.residual, channel=settings.channel, force=settings.force)
@@ -143,12 +155,12 @@ def _start(
     load: Callable[[], Extractor], settings: Settings, report: Callable[[float], None] | None
 ) -> Callable[[Job], Extraction | Failure]:
     extractor = load()
-    voices: dict[str, Voice] = {}
+    voices: dict[str | tuple[str, ...], Voice] = {}
 
     def work(job: Job) -> Extraction | Failure:
         try:
             if job.voice not in voices:
-                voices[job.voice] = enroll_file(extractor, job.voice)
+                voices[job.voice] = enroll_files(extractor, job.voice)
             return extract_file(
                 extractor,
                 job.mixture,

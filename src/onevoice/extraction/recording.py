@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from onevoice.audio import BLOCK, Block, Mono, resample, resample_columns, to_mono
+from onevoice.audio import BLOCK, Block, Mono, resample_columns, to_mono
 from onevoice.errors import AudioError, ConfigError
-from onevoice.extraction.extractor import Extractor, at_rate, channels_cancel, check_enrollment, mix_down
+from onevoice.extraction.enrollment import Spec, check_voice, enroll_files
+from onevoice.extraction.extractor import Extractor, at_rate, channels_cancel
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Spool, make_plan
 from onevoice.files import storage_errors
@@ -65,7 +66,7 @@ class Track:
 def extract_file(
     extractor: Extractor,
     mixture: str | Path,
-    voice: Voice | str | Path,
+    voice: Voice | Spec | Sequence[Spec],
     output: str | Path,
     residual: str | Path | None = None,
     *,
@@ -75,7 +76,7 @@ def extract_file(
 ) -> Extraction:
     """Extract a voice from the file `mixture` and write it to `output`, at the rate and length of the mixture.
 
-    `voice` comes from `Extractor.enroll`, or is the path of an enrollment. `residual` receives mixture − estimate.
+    `voice` comes from `Extractor.enroll`, or names recordings (`enrollment`). `residual` gets mixture − estimate.
     `-` is standard input or output. WAV is written as 32-bit float: nothing clips, and output + residual is the mixture
     up to float32 rounding. In other formats, one gain turns both down if a peak would exceed full scale. `report` gets
     the share that is done, 0 to 1. Files that exist are replaced only with `force`.
@@ -88,13 +89,14 @@ def extract_file(
         source = stack.enter_context(open_source(mixture))
         _require_channel(source, channel)
         if not isinstance(voice, Voice):
-            voice = enroll_file(extractor, voice)
+            voice = enroll_files(extractor, voice)
         folder = None if str(output) == PIPE else _make_folder(Path(output))
         spools, samples, channel, notes = _hear(source, channel, extractor.sample_rate, folder, stack)
         paths = _estimate_paths(extractor, source, voice, output, channel, spools)
         estimates = [stack.enter_context(Spool(folder, path)) for path in paths]
         tracks = [Track(*pair) for pair in zip(spools, estimates, strict=True)]
         tracks = _separate(extractor, tracks, voice, report)
+        notes += [*voice.warnings, *_swapped(voice, samples / source.sample_rate)]
         notes += _write(extractor.sample_rate, source, channel, samples, tracks, output, residual)
         for path in filter(None, paths):
             path.unlink(missing_ok=True)
@@ -104,7 +106,7 @@ def extract_file(
 
 def check_files(
     mixture: str | Path,
-    voice: Voice | str | Path,
+    voice: Voice | Spec | Sequence[Spec],
     output: str | Path,
     residual: str | Path | None = None,
     *,
@@ -112,16 +114,15 @@ def check_files(
     force: bool = False,
 ) -> None:
     """Look at inputs and outputs before long work; standard input is left alone. Raises what `extract_file` does."""
-    inputs = [mixture] if isinstance(voice, Voice) else [mixture, voice]
-    if [str(path) for path in inputs] == [PIPE, PIPE]:
+    enrollments = [] if isinstance(voice, Voice) else check_voice(voice)
+    if (str(mixture) == PIPE and PIPE in enrollments) or enrollments.count(PIPE) > 1:
         raise ConfigError("-: standard input cannot be both the mixture and the voice; name a file for one")
     if str(output) == PIPE and residual is not None and str(residual) == PIPE:
         raise ConfigError("-: standard output cannot be both the output and the residual; name a file for one")
-    check_outputs([output, residual], inputs, force)
-    for path in inputs:
-        if str(path) != PIPE:
-            with open_source(path) as source:
-                _require_channel(source, channel if path is mixture else "mean")
+    check_outputs([output, residual], [mixture, *enrollments], force)
+    if str(mixture) != PIPE:
+        with open_source(mixture) as source:
+            _require_channel(source, channel)
 
 
 def parse_channel(text: str) -> Channel:
@@ -135,12 +136,11 @@ def parse_channel(text: str) -> Channel:
     return int(text)
 
 
-def enroll_file(extractor: Extractor, path: str | Path) -> Voice:
-    """Return the voice of an enrollment file. Raises `AudioError`."""
-    with open_source(path) as source:
-        sound = mix_down(np.ascontiguousarray(np.concatenate(list(source.blocks())).T))
-        check_enrollment(sound, source.sample_rate, source.name)
-        return extractor.embed([resample(sound, source.sample_rate, extractor.sample_rate)])
+def _swapped(voice: Voice, seconds: float) -> list[str]:
+    """Return a hint if the enrollment looks like the mixture."""
+    if voice.check_up is None or voice.check_up.people < 2 or voice.check_up.seconds <= seconds:
+        return []
+    return ["the enrollment is longer than the mixture and has several voices: were they swapped?"]
 
 
 def _require_channel(source: Source, channel: Channel) -> None:
