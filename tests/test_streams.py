@@ -154,6 +154,64 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
             list(blocks)
 
 
+def test_a_file_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    sound, path = noise(2 * BLOCK), tmp_path / "a.wav"
+    write(path, sound, 8000)
+    with open_source(path) as source:
+        blocks = source.blocks()
+        first = next(blocks)
+        longer = noise(4 * BLOCK)
+        write(tmp_path / "b.wav", longer, 8000)
+        path.write_bytes((tmp_path / "b.wav").read_bytes()[: 4 * 3 * BLOCK])  # in place, as a recorder does
+        rest = list(blocks)
+    assert len(first) + sum(map(len, rest)) == len(sound)
+
+
+def set_length(path: Path, size: int) -> None:
+    """Set the bytes of audio in the header of a WAV file."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (10**6, r"truncated \(\d+ of 1000000 bytes of audio\)"),
+        (2000, r"its header leaves out the last \d+ bytes; repair it"),
+        (0, r"its header leaves out the last \d+ bytes; repair it"),
+    ],
+)
+def test_a_header_that_lies_about_the_length(tmp_path: Path, subtype: str, size: int, message: str) -> None:
+    white = np.random.default_rng(0).uniform(-0.5, 0.5, 100_000)
+    soundfile.write(tmp_path / "a.wav", white, 8000, subtype=subtype)
+    set_length(tmp_path / "a.wav", size)
+    with pytest.raises(AudioError, match=rf"a\.wav: {message}"):
+        read_all(tmp_path / "a.wav")
+    with pytest.raises(AudioError, match=rf"a\.wav: {message}"):
+        read_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("size", [0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF])
+def test_a_header_that_does_not_know_the_length(tmp_path: Path, size: int) -> None:
+    """Programs that write into a pipe cannot go back to the header."""
+    sound = noise(1000)
+    write(tmp_path / "a.wav", sound, 8000)
+    set_length(tmp_path / "a.wav", size)
+    np.testing.assert_array_equal(read_all(tmp_path / "a.wav")[0], sound)
+
+
+@pytest.mark.parametrize("tag", [b"LIST\x04\0\0\0INFO", b"TAG" + bytes(125), bytes(100_000)])
+def test_tags_and_padding_after_the_audio_are_skipped(tmp_path: Path, tag: bytes) -> None:
+    sound = noise(1000)
+    write(tmp_path / "a.wav", sound, 8000)
+    with (tmp_path / "a.wav").open("ab") as file:
+        file.write(tag)
+    np.testing.assert_array_equal(read_all(tmp_path / "a.wav")[0], sound)
+
+
 # Outputs --------------------------------------------------------------------------------------------------------
 
 

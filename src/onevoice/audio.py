@@ -44,6 +44,8 @@ EXTENSIONS = tuple(FORMATS)
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768_000
 """In Hz; a rate outside this range means a damaged header."""
 
+MAX_STRAY_BYTES = 65_536
+"""Bytes beyond the audio of a WAV file that may be a tag; more are audio that the header leaves out."""
 MAX_OGG_PAGE_BYTES = 65_307
 """RFC 3533."""
 
@@ -67,6 +69,7 @@ Block = Float[np.ndarray, "_block channels"]
 """A piece of a recording, in the order of a file: one row per point in time."""
 
 _SIZE_MISMATCH = re.compile(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STRAY_BYTES = re.compile(r"^Length : (\d+).*^\*\*\* Unknown chunk marker [^\n]* at position (\d+)", re.M | re.S)
 
 
 def read_audio(
@@ -232,11 +235,12 @@ class _ErrorKeeper:
         return self.stream.read(size)
 
     def _keep(self, call: Callable[..., int], *arguments: Any) -> int:
-        try:
-            return call(*arguments)
-        except OSError as error:
-            self.error = error
-            return 0
+        if self.error is None:  # after an error libsndfile goes on, and even writes when it is freed
+            try:
+                return call(*arguments)
+            except OSError as error:
+                self.error = error
+        return 0
 
     def check(self) -> None:
         """Raise the error of the stream, if there was one."""
@@ -378,11 +382,15 @@ def is_unknown_format(error: AudioError) -> bool:
 
 
 def _require_full_length(log: str, name: str) -> None:
-    """Raise `AudioError` if, by libsndfile's log, a WAV or AIFF file is shorter than its header says.
+    """Raise `AudioError` if, by libsndfile's log, a WAV or AIFF file is not as long as its header says.
 
-    libsndfile itself reads what is there. Writers that cannot seek back leave 0 or about 2 or 4 GiB as the length, so
-    such a header says nothing.
+    libsndfile itself reads what is there, or what the header says. Writers that cannot seek back leave 0 or about 2 or
+    4 GiB as the length, so such a header says nothing. A few bytes beyond the audio are usual.
     """
+    stray = _STRAY_BYTES.search(log)
+    if stray is not None and int(stray[1]) - int(stray[2]) > MAX_STRAY_BYTES:
+        more = int(stray[1]) - int(stray[2])
+        raise AudioError(f"{name}: its header leaves out the last {more} bytes; repair it, or export the audio again")
     found = _SIZE_MISMATCH.search(log)
     if found is None:
         return

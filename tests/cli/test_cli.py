@@ -179,7 +179,7 @@ OPTIONS = {
     "train": "--config --c -c --resume --r -r --load -l --minutes --set -s",
     "eval": "--checkpoint --pretrained --r -r --config --c -c -t --batch-size -b --jobs -j --output -o --limit",
     "extract": "--pretrained --checkpoint --residual --device MIXTURE ENROLLMENT OUTPUT",
-    "demo": "--out -o --pretrained --device",
+    "demo": "--out -o --force --pretrained --device",
     "info": "CHECKPOINT",
     "schema": "KIND",
 }

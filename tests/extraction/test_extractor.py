@@ -231,6 +231,7 @@ def test_the_first_estimate_is_used_in_evaluation_mode() -> None:
     assert not any(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_failed_extraction_leaves_no_file(extractor: Extractor, tmp_path: Path) -> None:
     mixture = tmp_path / "mixture.flac"
     write_audio(mixture, speech(0) / 2 + speech(1) / 2, 8000)

@@ -190,6 +190,14 @@ def test_demo(published: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     level, gain = si_sdr(voice, target), si_sdr(voice, target) - si_sdr(mixture, target)
     assert f"SI-SDR   {level:.2f} dB, {gain:+.2f} dB over the mixture (SI-SDRi)\n" in done.out
     assert str(out / "voice.wav") in done.out
+    (out / "mixture.wav").write_bytes(b"not of the demo")
+    again = command(capsys, "demo", "--out", out, "--device", "cpu")
+    assert (again.status, "mixture.wav: exists; choose another name, or overwrite it with --force" in again.err) == (
+        2,
+        True,
+    )
+    assert (out / "mixture.wav").read_bytes() == b"not of the demo"
+    assert command(capsys, "demo", "--out", out, "--device", "cpu", "--force").status == 0
     assert run(onevoice.load("tiny", device="cpu"), out).si_sdr_db == pytest.approx(level)
 
 

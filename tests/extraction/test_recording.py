@@ -317,6 +317,28 @@ def test_a_file_that_changes_while_it_is_read(
     assert set(contents(place)) == {"mixture.wav", "voice.wav"}
 
 
+@pytest.mark.parametrize("gain", [3.0, 30.0])
+def test_a_clipped_mixture(extractor: Extractor, place: Path, gain: float) -> None:
+    clipped = np.clip(gain * mix(), -1, 1).astype(np.float32)
+    write_audio("clipped.wav", clipped, 8000)
+    extract_file(extractor, "clipped.wav", "voice.wav", "o.wav", "rest.wav")
+    estimate, rest, given = (read_audio(f"{name}.wav")[0] for name in ("o", "rest", "clipped"))
+    assert np.isfinite(estimate).all()
+    assert estimate.any()
+    np.testing.assert_allclose(estimate + rest, given, atol=1e-6)
+
+
+def test_an_offset_of_the_mixture_stays_in_the_residual(extractor: Extractor, place: Path) -> None:
+    """An offset, as of a bad sound card, changes the estimate only by its gain, and comes back with the residual."""
+    write_audio("offset.wav", mix() + np.float32(0.25), 8000, subtype="FLOAT")
+    extract_file(extractor, "mixture.wav", "voice.wav", "o.wav")
+    extract_file(extractor, "offset.wav", "voice.wav", "p.wav", "rest.wav")
+    plain, ours = read_audio("o.wav")[0].astype(np.float64), read_audio("p.wav")[0].astype(np.float64)
+    gain = (plain @ ours) / (plain @ plain)
+    np.testing.assert_allclose(ours, gain * plain, atol=1e-5)
+    np.testing.assert_allclose(ours + read_audio("rest.wav")[0], mix() + 0.25, atol=1e-6)
+
+
 def test_windows_are_the_same_from_a_file(extractor: Extractor, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windows, "WHOLE_SECONDS", 5.0)
     write_audio("long.wav", mix(6.0), 8000, subtype="FLOAT")

@@ -192,6 +192,7 @@ def _model_of(config: Path | None) -> Any:
 def demo(
     *,
     out: Annotated[Path, Parameter(name=["--out", "--output", "--o", "-o"])] = Path("onevoice-demo"),
+    force: bool = False,
     pretrained: Pretrained = None,
     device: str = "auto",
 ) -> None:
@@ -199,15 +200,16 @@ def demo(
 
     Args:
         out: The folder to write; it gets mixture.wav, enrollment.wav, voice.wav and residual.wav.
+        force: Replace these files if they exist.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
             By default, the ones that come with onevoice.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
-    from onevoice.evaluation.demo import run
+    from onevoice.evaluation.demo import OUTPUTS, run
     from onevoice.extraction.extractor import load
-    from onevoice.files import require_writable
+    from onevoice.streams import check_outputs
 
-    require_writable(out / "voice.wav")
+    check_outputs([out / name for name in OUTPUTS], [], force)
     print(run(load(pretrained, device=device), out).text())
 
 

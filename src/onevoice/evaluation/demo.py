@@ -11,6 +11,8 @@ from onevoice.extraction.recording import extract_file
 
 SAMPLES = Path(__file__).parents[1] / "extraction" / "samples"
 """`mixture.flac`; `enrollment.flac`, the wanted voice; `target.flac`, what that voice says in the mixture."""
+OUTPUTS = ("mixture.wav", "enrollment.wav", "voice.wav", "residual.wav")
+"""The files that the demo writes."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Demo:
     """The result of the demo."""
 
     folder: Path
-    """The folder with mixture.wav, enrollment.wav, voice.wav and residual.wav."""
+    """The folder with `OUTPUTS`."""
     si_sdr_db: float
     """SI-SDR of the extracted voice."""
     si_sdr_improvement_db: float
@@ -37,13 +39,15 @@ class Demo:
 
 
 def run(extractor: Extractor, folder: Path) -> Demo:
-    """Extract the enrolled voice of the samples into `folder` and measure it. Raises `StorageError`."""
+    """Extract the enrolled voice of the samples into `folder` and measure it; replaces what is there.
+
+    Raises `StorageError`.
+    """
     for name in ("mixture", "enrollment"):
         write_audio(folder / f"{name}.wav", *read_audio(SAMPLES / f"{name}.flac"))
     voice = folder / "voice.wav"
     begin = time.perf_counter()
-    files = (folder / f"{name}.wav" for name in ("mixture", "enrollment", "voice", "residual"))
-    extract_file(extractor, *files, force=True)
+    extract_file(extractor, *(folder / name for name in OUTPUTS), force=True)
     seconds = time.perf_counter() - begin
     (estimate, rate), (mixture, _), (target, _) = map(
         read_audio, (voice, folder / "mixture.wav", SAMPLES / "target.flac")
