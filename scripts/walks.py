@@ -99,7 +99,7 @@ def evaluation(folder: Path) -> Walk:
 
 WALKS: dict[str, tuple[Callable[[Path], Walk], int]] = {
     "recording → gradient": (training_step, 15),
-    "command → voice": (extraction, 16),
+    "command → voice": (extraction, 17),
     "config → number": (evaluation, 10),
 }
 """Each walk, and the largest number of files it may enter."""

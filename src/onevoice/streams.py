@@ -213,19 +213,23 @@ def _run(command: Sequence[str], *, stdin: int, stdout: int) -> Iterator[tuple[P
 Write = Callable[[Block], None]
 
 
-def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path], force: bool = False) -> None:
-    """Check, before long work, that every output can be written and that none of them is an input or another output.
+def check_outputs(
+    outputs: Iterable[str | Path | None],
+    inputs: Iterable[str | Path],
+    force: bool = False,
+    texts: Iterable[str | Path | None] = (),
+) -> None:
+    """Check, before long work, that every output and text can be written, and that none is an input or another output.
 
     Links and other spellings of a path count as the same file. An existing file needs `force`. Raises `ConfigError`,
     `AudioError` for an unknown extension, and `StorageError`.
     """
     seen: list[Path] = []
     given = [path for path in map(Path, inputs) if str(path) != PIPE]
-    for output in outputs:
-        if output is None or str(output) == PIPE:
-            continue
-        path = _as_path(output)
+    sounds = [_as_path(output) for output in outputs if output is not None and str(output) != PIPE]
+    for path in sounds:
         _require_writable_format(path)
+    for path in [*sounds, *(_as_path(text) for text in texts if text is not None)]:
         with storage_errors(path):
             twins = [each for each in given if _is_same(path, each)]
             if twins:

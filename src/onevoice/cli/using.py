@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,9 @@ def extract(
     everyone: Annotated[str | None, Parameter(name="--all")] = None,
     residual: str | None = None,
     channel: str = "mean",
+    absent: str = "keep",
+    timeline: str | None = None,
+    report: str | None = None,
     force: bool = False,
     jobs: Annotated[int, Parameter(name=["--jobs", "-j"])] = 1,
     pretrained: Pretrained = None,
@@ -59,6 +63,9 @@ def extract(
         everyone: Without any enrollment, extract every person who is found in MIXTURE, into this folder.
         residual: Also write what is left, MIXTURE minus OUTPUT, to this file; with a folder for --out, a folder.
         channel: Which channel of MIXTURE to use: 1, 2, …, their mean, or each, which keeps all channels apart.
+        absent: What to do where the voice is not heard: keep the output, mute it, or turn it down by a number of dB.
+        timeline: Also write when the voice is heard: .csv, .rttm, or .txt for Audacity. For one mixture.
+        report: Also write an HTML page with players, spectrograms and the presence of the voice. For one mixture.
         force: Replace outputs that exist.
         jobs: Recordings to work on at once, each in a process of its own.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
@@ -68,9 +75,9 @@ def extract(
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
     from onevoice.extraction.jobs import Settings, check_jobs, run_jobs
-    from onevoice.extraction.recording import parse_channel
+    from onevoice.extraction.recording import parse_absent, parse_channel
 
-    settings = Settings(parse_channel(channel), force)
+    settings = Settings(parse_channel(channel), force, parse_absent(absent))
     if jobs < 1:
         raise ConfigError(f"jobs: must be 1 or more, not {jobs}")
     names = [name for name in map(_plain, (mixture, enrollment, output, *more)) if name is not None]
@@ -79,10 +86,16 @@ def extract(
         todo = _jobs_for_everyone(names, everyone, bool(voices or out or jobs_file or residual))
     else:
         todo = _jobs_of(names, voices, _plain(out), jobs_file, _plain(residual))
+    if timeline is not None or report is not None:
+        if len(todo) != 1 or jobs_file is not None:
+            raise ConfigError("--timeline and --report: are for one mixture; name them in a job list (--list)")
+        todo = [replace(todo[0], timeline=timeline, report=report)]
     check_jobs(todo, settings)
     load = functools.partial(_load, pretrained, config, device, precision)
-    with _progress() as report:
-        _print_results(run_jobs(todo, load, settings, jobs, report), len(todo), any(job.output == "-" for job in todo))
+    with _progress() as progress:
+        _print_results(
+            run_jobs(todo, load, settings, jobs, progress), len(todo), any(job.output == "-" for job in todo)
+        )
 
 
 def _plain(name: str | None) -> str | None:

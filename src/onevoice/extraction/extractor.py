@@ -37,6 +37,7 @@ from onevoice.audio import (
 )
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
+from onevoice.extraction.presence import THRESHOLD_DB, Presence, measure_presence
 from onevoice.extraction.vad import speech_mask
 from onevoice.extraction.voice import Voice, clipped_share, examine, trim
 from onevoice.extraction.windows import Plan, Spool, estimate_windows, least_residual_gain, make_plan, measure_level
@@ -170,6 +171,38 @@ class Extractor:
             results.append(_as_given(estimate, given))
         return results if isinstance(mixture, list) else results[0]
 
+    def extract_with_presence(
+        self, mixture: Samples, sample_rate: int, voice: Voice, *, absent_db: float = 0.0
+    ) -> tuple[Samples, Presence]:
+        """Return the voice in `mixture` as `extract` does, and where it is heard.
+
+        Where it is not heard, the result is turned down by `absent_db`; infinity mutes. Raises `ConfigError` if the
+        weights cannot tell, because they were trained without `loss.level`.
+        """
+        self.require_level()
+        require_sample_rate(sample_rate, "mixture")
+        sound = _as_mono(mixture, "mixture")
+        require_not_silent(sound, "mixture")
+        with Spool() as heard, Spool() as estimate:
+            heard.append(resample(sound, sample_rate, self.sample_rate))
+            gain = self.separate(heard, estimate, voice)
+            presence = self.presence(heard, estimate)
+            blocks = at_rate(estimate, gain, self.sample_rate, sample_rate, len(sound), presence, absent_db)
+            result: Any = _as_given(np.concatenate(list(blocks)), mixture)
+        return result, presence
+
+    def presence(self, mixture: Spool, estimate: Spool) -> Presence:
+        """Return where the voice is heard, from what `separate` got and appended."""
+        threshold = self.card.facts.get("presence_threshold_db", THRESHOLD_DB)
+        return measure_presence(mixture, estimate, self.sample_rate, float(threshold))
+
+    def require_level(self) -> None:
+        """Raise `ConfigError` if the level of the estimates tells nothing about presence."""
+        if not self.card.config.has_level:
+            raise ConfigError(
+                "these weights do not tell where the voice is absent; use the default ones, or train with loss.level"
+            )
+
     def extract_chunks(self, chunks: Iterable[np.ndarray], sample_rate: int, voice: Voice) -> Iterator[Mono]:
         """Yield the voice in a mono recording that comes in chunks; memory does not grow with its length.
 
@@ -278,11 +311,31 @@ def resume_at(plan: Plan, estimate: Spool) -> int:
     return done
 
 
-def at_rate(estimate: Spool, gain: float, from_rate: int, to_rate: int, samples: int) -> Iterator[Mono]:
-    """Yield an estimate with its gain, at another rate and exactly `samples` long, in blocks."""
-    scaled = ((gain * block.astype(np.float64)).astype(np.float32) for block in estimate.blocks())
+def at_rate(
+    estimate: Spool,
+    gain: float,
+    from_rate: int,
+    to_rate: int,
+    samples: int,
+    presence: Presence | None = None,
+    absent_db: float = 0.0,
+) -> Iterator[Mono]:
+    """Yield an estimate with its gain, at another rate and exactly `samples` long, in blocks.
+
+    With `presence`, it is turned down by `absent_db` where the voice is not heard.
+    """
+
+    def scaled() -> Iterator[Mono]:
+        first = 0
+        for block in estimate.blocks():
+            wide = gain * block.astype(np.float64)
+            if presence is not None and absent_db:
+                wide *= presence.gains(first, first + len(block), from_rate, absent_db)
+            yield wide.astype(np.float32)
+            first += len(block)
+
     left = samples
-    for block in resample_blocks(scaled, from_rate, to_rate):
+    for block in resample_blocks(scaled(), from_rate, to_rate):
         yield block[:left]
         left -= len(block[:left])
     if left:  # converting the rate back and forth may be off by a sample

@@ -36,6 +36,10 @@ class Job:
     """The file to write."""
     residual: str | None = None
     """The file for what is left; null: none."""
+    timeline: str | None = None
+    """The file for the stretches in which the voice is heard: .csv, .rttm, or .txt for Audacity; null: none."""
+    report: str | None = None
+    """The HTML page about the extraction; null: none."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Settings:
 
     channel: Channel = "mean"
     force: bool = False
+    absent_db: float = 0.0
+    """How far the output is turned down where the voice is not heard."""
 
 
 @dataclass(frozen=True)
@@ -123,16 +129,20 @@ def _below(job: Job, folder: Path) -> Job:
         str(folder / job.mixture),
         placed[0] if isinstance(job.voice, str) else placed,
         str(folder / job.output),
-        None if job.residual is None else str(folder / job.residual),
+        *(None if name is None else str(folder / name) for name in (job.residual, job.timeline, job.report)),
     )
 
 
 def check_jobs(jobs: Sequence[Job], settings: Settings) -> None:
     """Look at all inputs and outputs before any work. Raises what `extract_file` raises."""
     inputs = [name for job in jobs for name in (job.mixture, *(place.path for place in as_places(job.voice)))]
-    check_outputs([name for job in jobs for name in (job.output, job.residual)], inputs, settings.force)
+    outputs = [name for job in jobs for name in (job.output, job.residual)]
+    check_outputs(outputs, inputs, settings.force, [name for job in jobs for name in (job.timeline, job.report)])
     for job in jobs:
-        check_files(job.mixture, job.voice, job.output, job.residual, channel=settings.channel, force=settings.force)
+        check_files(
+            job.mixture, job.voice, job.output, job.residual, job.timeline, job.report,
+            channel=settings.channel, force=settings.force,
+        )  # fmt: skip
 
 
 def run_jobs(
@@ -169,6 +179,9 @@ def _start(
                 job.residual,
                 channel=settings.channel,
                 force=settings.force,
+                absent_db=settings.absent_db,
+                timeline=job.timeline,
+                page=job.report,
                 report=report or (lambda share: None),
             )
         except OnevoiceError as error:

@@ -3,14 +3,16 @@
 1. The mixture is decoded in blocks, its channels are picked, and each is converted to the network's rate into a spool.
 2. The network runs over the spool in windows. The estimate of a long recording goes to a file beside the output, so
    that the same command resumes it if it was stopped.
-3. Estimate and residual are converted back and written in blocks under temporary names, and get their names together.
+3. Where the voice is heard follows from the levels of estimate and mixture (`presence`).
+4. Estimate and residual are converted back and written in blocks under temporary names, and get their names together.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,9 +24,11 @@ from onevoice.audio import BLOCK, Block, Mono, resample_columns, to_mono
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.enrollment import Spec, check_voice, enroll_files
 from onevoice.extraction.extractor import Extractor, at_rate, channels_cancel
+from onevoice.extraction.presence import TIMELINES, Presence, join, write_timeline
+from onevoice.extraction.report import extraction_report
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Spool, make_plan
-from onevoice.files import storage_errors
+from onevoice.files import atomic_write, storage_errors
 from onevoice.streams import PIPE, Source, check_outputs, keeps_peaks, open_source, write_together
 
 Channel = int | Literal["mean", "each"]
@@ -45,12 +49,15 @@ class Extraction:
     """Time it took."""
     notes: tuple[str, ...] = ()
     """What the user should know about the result."""
+    presence: Presence | None = None
+    """Where the voice is heard; None if the weights cannot tell."""
 
     def text(self) -> str:
         """Return one line about the result."""
         speed = self.seconds / max(self.elapsed_seconds, 1e-9)
         line = f"{self.output}: {self.seconds:.1f} s of sound in {self.elapsed_seconds:.1f} s ({speed:.1f}x real time)"
-        return "; ".join([line, *self.notes])
+        presence = [] if self.presence is None else [self.presence.text()]
+        return "; ".join([line, *presence, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class Track:
     estimate: Spool
     gain: float = 0.0
     """The gain for the estimate."""
+    presence: Presence | None = None
+    """Where the voice is heard in it."""
 
 
 def extract_file(
@@ -72,6 +81,9 @@ def extract_file(
     *,
     channel: Channel = "mean",
     force: bool = False,
+    absent_db: float = 0.0,
+    timeline: str | Path | None = None,
+    page: str | Path | None = None,
     report: Callable[[float], None] = lambda share: None,
 ) -> Extraction:
     """Extract a voice from the file `mixture` and write it to `output`, at the rate and length of the mixture.
@@ -81,10 +93,15 @@ def extract_file(
     up to float32 rounding. In other formats, one gain turns both down if a peak would exceed full scale. `report` gets
     the share that is done, 0 to 1. Files that exist are replaced only with `force`.
 
+    The output is turned down by `absent_db` where the voice is not heard; infinity mutes. `timeline` receives the
+    stretches in which it is heard (.csv, .rttm, or .txt for Audacity), and `page` an HTML page about the extraction.
+
     Raises `AudioError`, `ConfigError`, `StorageError` and `MissingDependencyError`.
     """
     begin = time.perf_counter()
-    check_files(mixture, voice, output, residual, channel=channel, force=force)
+    check_files(mixture, voice, output, residual, timeline, page, channel=channel, force=force)
+    if absent_db or timeline is not None:
+        extractor.require_level()
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_source(mixture))
         _require_channel(source, channel)
@@ -97,11 +114,22 @@ def extract_file(
         tracks = [Track(*pair) for pair in zip(spools, estimates, strict=True)]
         tracks = _separate(extractor, tracks, voice, report)
         notes += [*voice.warnings, *_swapped(voice, samples / source.sample_rate)]
-        notes += _write(extractor.sample_rate, source, channel, samples, tracks, output, residual)
+        heard = [track.presence for track in tracks if track.presence is not None]
+        presence = join(heard) if heard else None
+        notes += _write(extractor.sample_rate, source, channel, samples, tracks, absent_db, output, residual)
+        if timeline is not None and presence is not None:
+            write_timeline(presence, Path(timeline), Path(source.name).stem, Path((*voice.sources, "voice")[0]).stem)
+        if page is not None:
+            about = {"mixture": source.name, "output": str(output), "channel": channel, "absent_db": absent_db}
+            first = tracks[0]
+            content = extraction_report(
+                extractor, source.name, first.mixture, first.estimate, first.gain, presence, voice, about
+            )
+            atomic_write(Path(page), content.encode())
         for path in filter(None, paths):
             path.unlink(missing_ok=True)
     seconds = samples / source.sample_rate
-    return Extraction(source.name, str(output), seconds, time.perf_counter() - begin, tuple(notes))
+    return Extraction(source.name, str(output), seconds, time.perf_counter() - begin, tuple(notes), presence)
 
 
 def check_files(
@@ -109,6 +137,8 @@ def check_files(
     voice: Voice | Spec | Sequence[Spec],
     output: str | Path,
     residual: str | Path | None = None,
+    timeline: str | Path | None = None,
+    page: str | Path | None = None,
     *,
     channel: Channel = "mean",
     force: bool = False,
@@ -119,10 +149,29 @@ def check_files(
         raise ConfigError("-: standard input cannot be both the mixture and the voice; name a file for one")
     if str(output) == PIPE and residual is not None and str(residual) == PIPE:
         raise ConfigError("-: standard output cannot be both the output and the residual; name a file for one")
-    check_outputs([output, residual], [mixture, *enrollments], force)
+    _require_extension(timeline, "timeline", TIMELINES)
+    _require_extension(page, "report", (".html", ".htm"))
+    check_outputs([output, residual], [mixture, *enrollments], force, [timeline, page])
     if str(mixture) != PIPE:
         with open_source(mixture) as source:
             _require_channel(source, channel)
+
+
+def _require_extension(path: str | Path | None, option: str, extensions: Collection[str]) -> None:
+    if path is not None and Path(path).suffix.lower() not in extensions:
+        raise ConfigError(f"--{option}: {path} must end in {', '.join(extensions)}")
+
+
+def parse_absent(text: str) -> float:
+    """Return how far `--absent` turns the output down, in dB: keep, mute, or a number. Raises `ConfigError`."""
+    named = {"keep": 0.0, "mute": math.inf}
+    try:
+        level = named[text] if text in named else float(text)
+    except ValueError:
+        level = math.nan
+    if not level >= 0:
+        raise ConfigError(f"absent: {text!r} is none of keep, mute and a number of dB; give 30 to turn down by 30 dB")
+    return level
 
 
 def parse_channel(text: str) -> Channel:
@@ -225,7 +274,9 @@ def _separate(extractor: Extractor, tracks: list[Track], voice: Voice, report: C
 
         is_silent = not any(block.any() for block in track.mixture.blocks())
         gain = 0.0 if is_silent else extractor.separate(track.mixture, track.estimate, voice, progress)
-        done.append(replace(track, gain=gain))
+        has_level = extractor.card.config.has_level
+        presence = extractor.presence(track.mixture, track.estimate) if has_level else None
+        done.append(replace(track, gain=gain, presence=presence))
     report(1.0)
     return done
 
@@ -244,13 +295,17 @@ def _write(
     channel: Channel,
     samples: int,
     tracks: list[Track],
+    absent_db: float,
     output: str | Path,
     residual: str | Path | None,
 ) -> list[str]:
     """Write the output and the residual, turned down if a format needs it; return what the user should know."""
 
     def attempt(volume: float) -> None:
-        columns = [at_rate(track.estimate, track.gain, rate, source.sample_rate, samples) for track in tracks]
+        columns = [
+            at_rate(track.estimate, track.gain, rate, source.sample_rate, samples, track.presence, absent_db)
+            for track in tracks
+        ]
         estimates = regroup(columns)
         paths = [output] if residual is None else [residual, output]
         limited, peak = [not keeps_peaks(path) for path in paths], 0.0

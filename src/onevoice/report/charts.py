@@ -54,6 +54,17 @@ def scatter(title: str, series: Mapping[str, Points], *, x_label: str, y_label: 
     )
 
 
+def spans(title: str, stretches: Sequence[tuple[float, float]], seconds: float) -> Markup:
+    """Return a bar over the time of a recording, on which stretches, from second to second, are filled."""
+    total = sum(end - begin for begin, end in stretches)
+    return render(
+        "spans",
+        title=title,
+        boxes=[(1000 * begin / seconds, 1000 * (end - begin) / seconds) for begin, end in stretches],
+        summary=f"{len(stretches)} stretches, {total:.1f} of {seconds:.1f} s",
+    )
+
+
 def _chart(kind: str, title: str, names: Sequence[str], data: Sequence[Sequence[Any]], **labels: Any) -> Markup:
     rounded = [[_rounded(value) for value in column] for column in data]
     spec = {"kind": kind, "names": list(names), "data": rounded, **labels}

@@ -21,11 +21,12 @@ class Track(NamedTuple):
     """Whether it shares its time with the other aligned tracks; an enrollment does not."""
 
 
-def players(title: str, tracks: Sequence[Track], *, note: str = "") -> Markup:
+def players(title: str, tracks: Sequence[Track], *, note: str = "", suffix: str = ".flac") -> Markup:
     """Return a group of players: one plays at a time, and switching keeps the position.
 
     All tracks share one scale: the loudest sample sets that of the waveforms, the loudest cell that of the
     spectrograms. A group louder than full scale is turned down as a whole; samples that are not finite become 0.
+    `suffix` is .flac or, for long sounds, .mp3.
     """
     finite = [np.nan_to_num(track.samples.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0) for track in tracks]
     peak = max((float(np.abs(samples).max(initial=0.0)) for samples in finite), default=0.0)
@@ -37,7 +38,7 @@ def players(title: str, tracks: Sequence[Track], *, note: str = "") -> Markup:
             "aligned": track.is_aligned,
             "seconds": len(samples) / track.sample_rate,
             "khz": track.sample_rate / 2000,
-            "audio": audio_uri(samples / max(1.0, peak), track.sample_rate),
+            "audio": audio_uri(samples / max(1.0, peak), track.sample_rate, suffix),
             "waveform": waveform_path(samples, peak),
             "spectrogram": spectrogram_uri(level, loudest),
         }

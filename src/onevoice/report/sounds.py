@@ -19,11 +19,12 @@ WAVEFORM_COLUMNS = 300
 ANCHORS = ((10, 7, 30), (66, 24, 110), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 180))
 """The colors from silence to the loudest, evenly spaced; lightness rises all the way."""
 COLORS = 48
+MEDIA_TYPES = {".flac": "audio/flac", ".mp3": "audio/mpeg"}
 
 
-def audio_uri(samples: Mono, sample_rate: int) -> str:
-    """Return audio as a data URI: FLAC, which is lossless and plays in every browser."""
-    return _uri("audio/flac", encode_audio(samples, sample_rate, ".flac"))
+def audio_uri(samples: Mono, sample_rate: int, suffix: str = ".flac") -> str:
+    """Return audio as a data URI: FLAC is lossless, MP3 is small, and both play in every browser."""
+    return _uri(MEDIA_TYPES[suffix], encode_audio(samples, sample_rate, suffix))
 
 
 def waveform_path(samples: Mono, peak: float) -> str:
