@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from onevoice.config import STRICT, from_dict, to_dict
 from onevoice.errors import ConfigError
 from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig
-from onevoice.models.layers import GlobalNorm, SpeechDecoder, ValidBatchNorm
+from onevoice.models.layers import GlobalNorm, SpeechDecoder, TemporalBlock, ValidBatchNorm
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -281,3 +281,23 @@ def test_the_estimate_without_gradients_is_the_same(name: str) -> None:
     expected = model(batch)["predicted_audio"][0].detach()
     with torch.inference_mode():
         torch.testing.assert_close(model(batch)["predicted_audio"][0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("speaker_dim", [0, 8])
+def test_a_temporal_block_gives_the_same_without_gradients(
+    dtype: torch.dtype, tolerance: float, speaker_dim: int
+) -> None:
+    """Without gradients, a CPU runs other operations for the same block."""
+    torch.manual_seed(0)
+    block = TemporalBlock(16, 32, 3, 2, speaker_dim)
+    for value in block.parameters():
+        nn.init.normal_(value, std=0.3)
+    frames = torch.randn(2, 16, 40)
+    embedding = torch.randn(2, speaker_dim) if speaker_dim else None
+    expected = block(frames, embedding)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = block(frames, embedding)
+    assert ours.dtype == torch.float32
+    error = (ours - expected).square().mean() / (expected - frames).square().mean()
+    assert error.sqrt() < tolerance
