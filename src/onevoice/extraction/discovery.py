@@ -34,9 +34,9 @@ BATCH = 16
 WINDOW_SECONDS = 1.6
 STEP_SECONDS = 0.4
 """From one window to the next."""
-MIN_SIMILARITY = 0.6
+MIN_SIMILARITY = 0.65
 """Two clusters of a lower mean similarity are two people."""
-MIN_WINDOWS = 8
+MIN_WINDOWS = 5
 """Smaller clusters are dropped, unless none is left."""
 CHANGE_PRICE = 0.1
 """What a change of the person must gain in similarity."""

@@ -187,9 +187,9 @@ def parse_channel(text: str) -> Channel:
 
 def _swapped(voice: Voice, seconds: float) -> list[str]:
     """Return a hint if the enrollment looks like the mixture."""
-    if voice.check_up is None or voice.check_up.people < 2 or voice.check_up.seconds <= seconds:
+    if voice.check_up is None or voice.check_up.people < 2 or voice.check_up.seconds < seconds:
         return []
-    return ["the enrollment is longer than the mixture and has several voices: were they swapped?"]
+    return ["the enrollment is not shorter than the mixture and has several voices: were they swapped?"]
 
 
 def _require_channel(source: Source, channel: Channel) -> None:
