@@ -8,7 +8,8 @@ whose quarters hold the target alone, the other alone (twice) or both, in random
 
 - Trials: the equal error rate, and the false silences and false outputs at the threshold in use.
 - Halves: the threshold of equal error on the trials whose speakers are all in one half, and the errors that it gives
-  on those of the other half. Needs --table with the columns trial, target_spk, interferer_spk and enrollment_spk.
+  on those of the other half. Needs the manifest of `onevoice mix`, or --table with the columns trial, target_spk,
+  interferer_spk and enrollment_spk.
 - Conversations: the share of frames that count as heard, by who speaks; and the output with and without muting, as the
   level where the other speaks alone, and as the SI-SDR where the target speaks alone and of the whole.
 """
@@ -16,6 +17,7 @@ whose quarters hold the target alone, the other alone (twice) or both, in random
 import argparse
 import csv
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +150,19 @@ class Conversations:
         print(f"  {self.missed} of {len(self.figures['SI-SDR of the whole, kept'])} count as without the voice")
 
 
+def read_speakers(trials: Path, table: Path | None) -> dict[str, frozenset[str]]:
+    """Return who takes part in each trial, from the table or from the manifest of `onevoice mix`."""
+    manifest = trials / "manifest.jsonl"
+    if table is not None:
+        with table.open(newline="") as file:
+            columns = ("target_spk", "interferer_spk", "enrollment_spk")
+            return {row["trial"]: frozenset(row[key] for key in columns) for row in csv.DictReader(file)}
+    if manifest.exists():
+        rows = map(json.loads, manifest.read_text().splitlines())
+        return {row["name"]: frozenset((row["target_speaker"], row["interferer_speaker"])) for row in rows}
+    return {}
+
+
 def measure(
     extractor: Extractor, sounds: dict[str, list[Mono]], speakers: dict[str, frozenset[str]]
 ) -> tuple[list[Outcome], Conversations]:
@@ -182,11 +197,7 @@ def main() -> None:
     extractor = load(options.pretrained, device="cpu")
     extractor.require_level()
     rate = extractor.sample_rate
-    speakers: dict[str, frozenset[str]] = {}
-    if options.table:
-        with options.table.open(newline="") as file:
-            columns = ("target_spk", "interferer_spk", "enrollment_spk")
-            speakers = {row["trial"]: frozenset(row[key] for key in columns) for row in csv.DictReader(file)}
+    speakers = read_speakers(options.trials, options.table)
     names = sorted(path.name.removesuffix("-mixed.wav") for path in options.trials.glob("*-mixed.wav"))
     names = names if options.limit is None else names[:: max(1, len(names) // options.limit)][: options.limit]
     sounds = {

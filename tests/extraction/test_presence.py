@@ -63,6 +63,15 @@ def test_a_level_between_the_limits_counts_beside_a_higher_one_only() -> None:
     np.testing.assert_allclose(Presence(levels, 7.0).stretches, [(1.0, 4.0)])
 
 
+def test_short_pauses_are_closed_and_short_stretches_dropped() -> None:
+    """A pause of 5 frames is closed, one of 7 is not; 3 frames are dropped, 4 are not; the ends are no pauses."""
+    runs = [(3, -30.0), (40, 0.0), (5, -30.0), (20, 0.0), (7, -30.0), (4, 0.0), (20, -30.0), (3, 0.0), (20, -30.0)]
+    levels = np.concatenate([np.full(length, level) for length, level in [*runs, (10, 0.0), (2, -30.0)]])
+    expected = [(3, 68), (75, 79), (122, 132)]
+    presence = Presence(levels, len(levels) * FRAME_SECONDS)
+    np.testing.assert_allclose(presence.stretches, np.array(expected) * FRAME_SECONDS)
+
+
 def test_a_voice_must_be_heard_long_enough() -> None:
     """0.5 s in a short recording, one percent of a long one."""
     mixture = noise(10)
@@ -106,6 +115,8 @@ def test_gains_keep_the_stretches_and_fade() -> None:
     assert (gains[round((begin - margin) * RATE) + frame : round((end + margin) * RATE) - frame] == 1).all()
     far = np.r_[gains[: round((begin - margin) * RATE) - frame], gains[round((end + margin) * RATE) + frame :]]
     np.testing.assert_allclose(far, 0.1)
+    edges = [round((begin - margin) * RATE), round((end + margin) * RATE)]
+    np.testing.assert_allclose(gains[edges], (1 + 0.1) / 2, atol=1 / frame)  # the middle of each fade
     assert np.abs(np.diff(gains)).max() < 1.05 / frame
     parts = [presence.gains(first, first + 700, RATE, 20.0) for first in range(0, 9800, 700)]
     np.testing.assert_array_equal(np.concatenate(parts), gains[:9800])
