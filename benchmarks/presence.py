@@ -181,6 +181,8 @@ def measure(
         everyone = known | speakers.get(other, frozenset())
         outcomes.append(Outcome(name, everyone, False, False, run(extractor, mixture, sounds[other][1])[0]))
         one, theirs, _ = conversation(mixture, target, extractor.sample_rate, generator)
+        if np.square(one).sum() < 0.05 * np.square(target).sum():
+            continue  # the turns of the target are pauses
         talks.add(extractor, one, theirs, enrollment)
     return outcomes, talks
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from browser import needs_browser, open_page
 from tiny import command
 
@@ -39,6 +40,7 @@ def test_it_opens_without_a_word_in_the_console_and_fits_the_window(
             tracks: all(".track span").map((each) => each.textContent),
             spans: all(".spans rect").map((each) => each.getBoundingClientRect().width),
             loaded: all("img").map((each) => each.complete && each.naturalWidth > 0),
+            checkUp: all("#section-3 p")[0].textContent,
             title: document.title, header: all("header p")[0].textContent,
         };
         """, size=size, dark=dark,
@@ -50,6 +52,7 @@ def test_it_opens_without_a_word_in_the_console_and_fits_the_window(
     assert opened.found["loaded"] == [True] * 3
     assert opened.found["spans"]
     assert min(opened.found["spans"]) > 0
+    assert opened.found["checkUp"].startswith("Check-up: ")
     assert "talk.wav" in opened.found["title"]
     assert "% of the recording" in opened.found["header"]
 
@@ -83,6 +86,16 @@ def test_a_long_recording_has_a_small_page(tmp_path: Path, monkeypatch: pytest.M
     assert text.count("data:audio/mpeg") == 3
     assert "audio/flac" not in text
     assert len(text) < 600_000
+
+
+def test_a_recording_with_a_silent_channel_has_a_page(tmp_path: Path) -> None:
+    mixture = read_audio(SAMPLES / "mixture.flac", 16_000)[0]
+    soundfile.write(tmp_path / "two.wav", np.stack([np.zeros_like(mixture), mixture], axis=1), 16_000)
+    names = (tmp_path / "two.wav", SAMPLES / "enrollment.flac", tmp_path / "o.wav")
+    done = extract_file(load(device="cpu"), *names, channel="each", page=tmp_path / "p.html")
+    assert done.presence is not None
+    assert done.presence.is_present  # it is in channel 2
+    assert "They play channel 1." in (tmp_path / "p.html").read_text()
 
 
 def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

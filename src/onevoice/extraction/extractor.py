@@ -336,6 +336,8 @@ def at_rate(
 
     left = samples
     for block in resample_blocks(scaled(), from_rate, to_rate):
+        if not left:
+            return
         yield block[:left]
         left -= len(block[:left])
     if left:  # converting the rate back and forth may be off by a sample

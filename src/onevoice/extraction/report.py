@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from onevoice.audio import Mono
 from onevoice.extraction.extractor import Extractor, at_rate
 from onevoice.extraction.presence import FRAME_SECONDS, Presence
 from onevoice.extraction.voice import Voice
@@ -42,11 +41,14 @@ def extraction_report(
     seconds = mixture.samples / rate
     played = min(mixture.samples, round(MAX_PLAYED_SECONDS * rate))
     before = mixture.read(0, played)
-    after = _first(played, estimate, gain, rate, presence, float(settings.get("absent_db", 0.0)))
+    absent_db = float(settings.get("absent_db", 0.0))
+    after = np.concatenate(list(at_rate(estimate, gain, rate, rate, played, presence, absent_db)))
     tracks = [Track("mixture", before, rate), Track("voice", after, rate), Track("residual", before - after, rate)]
     note = "Choose a sound with the mouse or the arrow keys: it goes on at the same position."
     if played < mixture.samples:
         note += f" The players hold the first {_clock(played / rate)} of {_clock(seconds)}."
+    if settings.get("channel") == "each":
+        note += " They play channel 1."
     suffix = ".flac" if played <= LOSSLESS_SECONDS * rate else ".mp3"
     facts = json.loads(extractor.card.to_json())
     facts["speakers"] = len(facts["speakers"])
@@ -67,17 +69,6 @@ def extraction_report(
             ),
         ],
     )
-
-
-def _first(samples: int, estimate: Spool, gain: float, rate: int, presence: Presence | None, absent_db: float) -> Mono:
-    """Return the beginning of the output, at the rate of the network."""
-    pieces, found = [], 0
-    for block in at_rate(estimate, gain, rate, rate, estimate.samples, presence, absent_db):
-        pieces.append(block[: samples - found])
-        found += len(pieces[-1])
-        if found == samples:
-            break
-    return np.concatenate(pieces)
 
 
 def _presence_pieces(presence: Presence) -> list[Any]:
