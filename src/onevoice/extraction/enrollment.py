@@ -35,6 +35,8 @@ wrong ones.
 """
 MAX_COMPARED_SECONDS = 20.0
 """Speech of each recording that is compared."""
+MAX_SEARCHED_SECONDS = 180.0
+"""The beginning of each recording that is searched for other voices."""
 MIN_SECOND_VOICE_SECONDS = 2.0
 """Another voice that speaks for less is not reported."""
 
@@ -218,7 +220,8 @@ def _warn_of_others(extractor: Extractor, sounds: list[Sound]) -> Voice:
     voice = extractor.enroll([sound.samples for sound in sounds], rates, [sound.name for sound in sounds])
     warnings, most = [], 1
     for sound in sounds:
-        found = [each for each in find_voices(sound.samples, sound.sample_rate) if _is_long(each)]
+        searched = sound.samples[: round(MAX_SEARCHED_SECONDS * sound.sample_rate)]
+        found = [each for each in find_voices(searched, sound.sample_rate) if _is_long(each)]
         most = max(most, len(found))
         if len(found) > 1:
             warnings.append(
