@@ -207,7 +207,8 @@ def main() -> None:
         for name in names
     }
     outcomes, talks = measure(extractor, sounds, speakers)
-    print("trials of the folder:", errors([each for each in outcomes if each.is_given]))
+    if not all(each.is_present for each in outcomes if each.is_given):
+        print("trials of the folder:", errors([each for each in outcomes if each.is_given]))
     print("and third enrollments:", errors(outcomes))
     everybody = sorted(set().union(*(each.speakers for each in outcomes)))
     if everybody:
