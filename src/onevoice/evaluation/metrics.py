@@ -168,6 +168,19 @@ METRICS: Mapping[MetricName, Metric] = {
 """Every metric that compares an estimate with its target, called as (estimate, target, mixture, sample_rate)."""
 
 
+TITLES: Mapping[MetricName, str] = {
+    "si_sdr": "SI-SDR",
+    "pesq": "PESQ",
+    "si_sdr_improvement": "SI-SDRi",
+    "sdr": "SDR",
+    "stoi": "STOI",
+    "estoi": "ESTOI",
+}
+"""What reports call each metric, in their order."""
+IN_DB: frozenset[str] = frozenset({"si_sdr", "si_sdr_improvement", "sdr"})
+"""The metrics in dB; the others have no unit."""
+
+
 class EstimatedTrial(NamedTuple):
     """One trial and the network's estimate, all at one rate. All signals have the same length."""
 

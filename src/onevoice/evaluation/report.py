@@ -11,20 +11,13 @@ from markupsafe import Markup
 from onevoice.audio import read_audio
 from onevoice.errors import ConfigError
 from onevoice.evaluation.demo import SAMPLES
-from onevoice.evaluation.metrics import si_sdr, si_sdr_improvement
+from onevoice.evaluation.metrics import IN_DB, TITLES, si_sdr, si_sdr_improvement
 from onevoice.extraction.extractor import Extractor
 from onevoice.report.charts import histogram, scatter
 from onevoice.report.page import Section, page, settings_table, table, text
-from onevoice.report.players import Track, players
+from onevoice.report.players import HOW_TO_LISTEN, Track, players
 
-TITLES = {
-    "si_sdr": "SI-SDR (dB)",
-    "si_sdr_improvement": "SI-SDRi (dB)",
-    "sdr": "SDR (dB)",
-    "pesq": "PESQ",
-    "stoi": "STOI",
-    "estoi": "ESTOI",
-}
+TITLE_OF = {name: f"{title} (dB)" if name in IN_DB else title for name, title in TITLES.items()}
 
 
 def weights_report(extractor: Extractor, name: str, evaluation: Path | None = None) -> str:
@@ -61,7 +54,7 @@ def evaluation_sections(path: Path) -> list[Section]:
     try:
         result = json.loads(path.read_bytes())
         rows = [
-            (TITLES.get(name, name), *(each[key] for key in ("mean", "median", "percentile_5")),
+            (TITLE_OF.get(name, name), *(each[key] for key in ("mean", "median", "percentile_5")),
              "" if each["interval_95"] is None else "{:.3f} to {:.3f}".format(*each["interval_95"]), each["count"])
             for name, each in result["metrics"].items()
         ]  # fmt: skip
@@ -113,7 +106,7 @@ def _demo(extractor: Extractor) -> Sequence[Markup]:
                 Track("estimate", estimate, rate),
                 Track("residual", mixture - estimate, rate),
             ],
-            note=f"{scores}. Choose a sound with the mouse or the arrow keys: it goes on at the same position.",
+            note=f"{scores}. {HOW_TO_LISTEN}",
         )
     ]
 

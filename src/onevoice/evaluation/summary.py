@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from onevoice.config import STRICT
 from onevoice.errors import ConfigError, MissingDependencyError
-from onevoice.evaluation.metrics import EstimatedTrial, MetricName, TrialScore, score_trial
+from onevoice.evaluation.metrics import IN_DB, TITLES, EstimatedTrial, MetricName, TrialScore, score_trial
 from onevoice.extraction.extractor import Extractor
 from onevoice.files import atomic_write
 from onevoice.models import ModelConfig
@@ -242,22 +242,14 @@ def save_report(report: Report, path: Path, about: Mapping[str, Any]) -> Path:
 def format_report(report: Report) -> str:
     """Return the lines that `eval` prints."""
     lines = []
-    titles: Mapping[str, str] = {
-        "si_sdr": "SI-SDR",
-        "pesq": "PESQ",
-        "si_sdr_improvement": "SI-SDRi",
-        "sdr": "SDR",
-        "stoi": "STOI",
-        "estoi": "ESTOI",
-    }
-    for name in [name for name in titles if name in report.summaries]:
+    for name in [name for name in TITLES if name in report.summaries]:
         s = report.summaries[name]
         if s.mean is None or s.median is None or s.percentile_5 is None or s.interval_95 is None:
-            lines.append(f"{titles[name]:<8} no trial has a value")
+            lines.append(f"{TITLES[name]:<8} no trial has a value")
             continue
-        unit = " dB" if name in ("si_sdr", "si_sdr_improvement", "sdr") else ""
+        unit = " dB" if name in IN_DB else ""
         lines.append(
-            f"{titles[name]:<8} mean {s.mean:.3f}{unit}  (95 % interval {s.interval_95[0]:.3f} to "
+            f"{TITLES[name]:<8} mean {s.mean:.3f}{unit}  (95 % interval {s.interval_95[0]:.3f} to "
             f"{s.interval_95[1]:.3f}, median {s.median:.3f}, 5th percentile {s.percentile_5:.3f}, n = {s.count})"
         )
     if report.failure_rate is not None:

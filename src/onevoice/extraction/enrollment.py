@@ -22,7 +22,7 @@ from onevoice.extraction.discovery import RATE, FoundVoice, embed_stretches, fin
 from onevoice.extraction.extractor import Extractor, check_enrollment, load, mix_down
 from onevoice.extraction.vad import speech_mask
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice
-from onevoice.streams import open_source
+from onevoice.streams import PIPE, open_source
 
 Spec = str | Path
 """A file, a stretch, a number, or a saved voice, as above."""
@@ -115,7 +115,7 @@ def check_voice(voice: Spec | Sequence[Spec]) -> list[str]:
     for place in places:
         if place.is_saved:
             load_voice(place.path)
-        elif place.path != "-":
+        elif place.path != PIPE:
             with open_source(place.path):
                 pass
     return [place.path for place in places]

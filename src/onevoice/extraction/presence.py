@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+from onevoice.extraction.vad import runs_of
 from onevoice.extraction.windows import Spool, measure_level
 from onevoice.files import atomic_write
 
@@ -87,7 +88,7 @@ class Presence:
     @cached_property
     def stretches(self) -> list[tuple[float, float]]:
         """Begin and end, in seconds, of each stretch in which the voice is heard."""
-        return [(first * FRAME_SECONDS, min(last * FRAME_SECONDS, self.seconds)) for first, last in _runs(self.heard)]
+        return [(first * FRAME_SECONDS, min(last * FRAME_SECONDS, self.seconds)) for first, last in runs_of(self.heard)]
 
     def text(self) -> str:
         """Return the result in a few words."""
@@ -145,12 +146,6 @@ def _frame_powers(spool: Spool, hop: int, mean: float) -> Float[np.ndarray, " fr
     return np.concatenate([np.zeros(0), *powers])
 
 
-def _runs(frames: Bool[np.ndarray, " frames"]) -> list[tuple[int, int]]:
-    """Return the first frame of each run of True, and the frame after its last."""
-    edges = np.flatnonzero(np.diff(frames.astype(np.int8), prepend=0, append=0))
-    return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
-
-
 def _keep_runs(
     frames: Bool[np.ndarray, " frames"],
     *,
@@ -163,7 +158,7 @@ def _keep_runs(
     With `keep_ends`, runs at the beginning and the end are kept.
     """
     kept = np.zeros(len(frames), bool)
-    for first, last in _runs(frames):
+    for first, last in runs_of(frames):
         is_end = keep_ends and (first == 0 or last == len(frames))
         if is_end or (last - first > longer_than and (containing is None or containing[first:last].any())):
             kept[first:last] = True

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from onevoice.extraction.enrollment import format_time
 from onevoice.extraction.extractor import Extractor, at_rate
 from onevoice.extraction.presence import FRAME_SECONDS, Presence
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Spool
 from onevoice.report.charts import line_chart, spans
 from onevoice.report.page import Section, page, settings_table, table, text
-from onevoice.report.players import Track, players
+from onevoice.report.players import HOW_TO_LISTEN, Track, players
 
 MAX_PLAYED_SECONDS = 300.0
 """The page plays the beginning of a longer recording."""
@@ -44,9 +45,9 @@ def extraction_report(
     absent_db = float(settings.get("absent_db", 0.0))
     after = np.concatenate(list(at_rate(estimate, gain, rate, rate, played, presence, absent_db)))
     tracks = [Track("mixture", before, rate), Track("voice", after, rate), Track("residual", before - after, rate)]
-    note = "Choose a sound with the mouse or the arrow keys: it goes on at the same position."
+    note = HOW_TO_LISTEN
     if played < mixture.samples:
-        note += f" The players hold the first {_clock(played / rate)} of {_clock(seconds)}."
+        note += f" The players hold the first {format_time(played / rate)} of {format_time(seconds)}."
     if settings.get("channel") == "each":
         note += " They play channel 1."
     suffix = ".flac" if played <= LOSSLESS_SECONDS * rate else ".mp3"
@@ -55,7 +56,7 @@ def extraction_report(
     verdict = "" if presence is None else f" · {presence.text()}"
     return page(
         f"Extraction from {Path(name).name}",
-        f"{_clock(seconds)}{verdict}",
+        f"{format_time(seconds)}{verdict}",
         [
             Section("Listen", [players("Sounds", tracks, note=note, suffix=suffix)]),
             Section("Presence", [] if presence is None else _presence_pieces(presence)),
@@ -74,7 +75,7 @@ def extraction_report(
 def _presence_pieces(presence: Presence) -> list[Any]:
     times = (np.arange(len(presence.levels_db)) + 0.5) * FRAME_SECONDS
     stretches = presence.stretches
-    rows = [(_clock(begin), _clock(end), f"{end - begin:.2f}") for begin, end in stretches[:MAX_ROWS]]
+    rows = [(format_time(begin), format_time(end), f"{end - begin:.2f}") for begin, end in stretches[:MAX_ROWS]]
     verdict = (
         f"Score {presence.score_db:.1f} dB; the voice counts as being in the recording from "
         f"{presence.threshold_db:.1f} dB on."
@@ -107,9 +108,3 @@ def _voice_pieces(voice: Voice) -> list[Any]:
         numbers = {name: f"{value:.4g}" for name, value in check_up.items() if value is not None}
         pieces.append(settings_table("Check-up", numbers))
     return pieces
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"

@@ -143,15 +143,16 @@ class Network(nn.Module, ABC):
         `level` is for windows of a recording: the level of the whole, instead of that of each item.
         """
         audio = as_waves(audio, "audio")
+        scale: Tensor | float
         if not self.config.normalize_level:
-            estimates = self._extract(zero_padding(audio, audio_length), embedding, audio_length)
-        elif level is not None:
-            audio = (audio - level.mean) / max(level.rms, torch.finfo(audio.dtype).tiny ** 0.5)
-            estimates = tuple(level.rms * estimate for estimate in self._extract(audio, embedding, audio_length))
+            audio, scale = zero_padding(audio, audio_length), 1.0
+        elif level is None:
+            audio, scale = normalize_level(audio, audio_length)
         else:
-            audio, own_level = normalize_level(audio, audio_length)
-            estimates = tuple(own_level * estimate for estimate in self._extract(audio, embedding, audio_length))
-        return tuple(zero_padding(estimate, audio_length) for estimate in estimates)
+            audio = (audio - level.mean) / max(level.rms, torch.finfo(audio.dtype).tiny ** 0.5)
+            scale = level.rms
+        estimates = self._extract(audio, embedding, audio_length)
+        return tuple(zero_padding(scale * estimate, audio_length) for estimate in estimates)
 
     @abstractmethod
     def classify(self, embedding: Embedding) -> Float[Tensor, "batch num_classes"]:

@@ -21,6 +21,10 @@ class Track(NamedTuple):
     """Whether it shares its time with the other aligned tracks; an enrollment does not."""
 
 
+HOW_TO_LISTEN = "Choose a sound with the mouse or the arrow keys: it goes on at the same position."
+"""A note for groups of players."""
+
+
 def players(title: str, tracks: Sequence[Track], *, note: str = "", suffix: str = ".flac") -> Markup:
     """Return a group of players: one plays at a time, and switching keeps the position.
 

@@ -18,7 +18,7 @@ from onevoice.extraction.extractor import match_level
 from onevoice.files import Row
 from onevoice.report.charts import Points, line_chart
 from onevoice.report.page import Section, page, settings_table, table
-from onevoice.report.players import Track, players
+from onevoice.report.players import HOW_TO_LISTEN, Track, players
 from onevoice.training.tracking import CONSTANT_KINDS, TrialSounds, read_rows, read_samples
 
 CURVES: Sequence[tuple[str, str, Mapping[str, str]]] = (
@@ -66,8 +66,7 @@ def run_report(folder: Path) -> str:
             Section(
                 "Validation trials",
                 [_trial(sounds) for sounds in shown],
-                "Choose a sound with the mouse or the arrow keys: it goes on at the same position. Estimates have the "
-                f"level that an extraction gives them.{left_out}",
+                f"{HOW_TO_LISTEN} Estimates have the level that an extraction gives them.{left_out}",
             ),
             Section("Settings", [settings_table("config.json", settings)] if settings else []),
             Section("Environment", _environment(folder)),
