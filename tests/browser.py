@@ -15,7 +15,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not ins
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--mute-audio", "--autoplay-policy=no-user-gesture-required",
-    "--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom",
+    "--enable-logging=stderr", "--dump-dom",
 ]  # fmt: skip
 PROBE = """
 <pre id="probe"></pre><script>
@@ -30,6 +30,12 @@ PROBE = """
 </script></body>"""
 
 
+def in_every_look(test: Any) -> Any:
+    """Run a test in light and dark, on a wide window and on a phone's."""
+    test = pytest.mark.parametrize("size", ["1280,900", "390,800"], ids=["wide", "phone"])(test)
+    return pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])(test)
+
+
 class Opened(NamedTuple):
     console: list[str]
     """Lines of the console: errors, warnings, and messages of the browser about the page."""
@@ -37,8 +43,14 @@ class Opened(NamedTuple):
     """What the script returned."""
 
 
-def open_page(page: Path, folder: Path, script: str = "", *, size: str = "1280,900", dark: bool = False) -> Opened:
-    """Open a copy of a page and run `script`, the body of an async function, in it."""
+def open_page(
+    page: Path, folder: Path, script: str = "", *, size: str = "1280,900", dark: bool = False, seconds: int = 4
+) -> Opened:
+    """Open a copy of a page and run `script`, the body of an async function, in it.
+
+    The clock of the page runs ahead whenever its scripts wait, and stops after `seconds`. Decoding audio does not hold
+    it up, so scripts that wait for audio need many seconds on a busy machine.
+    """
     assert CHROMIUM is not None
     text = page.read_text(encoding="utf-8")
     assert text.count("</body>") == 1
@@ -46,6 +58,7 @@ def open_page(page: Path, folder: Path, script: str = "", *, size: str = "1280,9
     copy.write_text(text.replace("</body>", PROBE.format(script=script)), encoding="utf-8")
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     command = [CHROMIUM, *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}"]
+    command.append(f"--virtual-time-budget={1000 * seconds}")
     done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=180, check=True)
     match = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr

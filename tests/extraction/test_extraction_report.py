@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from browser import needs_browser, open_page
+from browser import in_every_look, needs_browser, open_page
 from tiny import command
 
 from onevoice.audio import read_audio, write_audio
@@ -27,8 +27,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", ["1280,900", "390,800"], ids=["wide", "phone"])
+@in_every_look
 def test_it_opens_without_a_word_in_the_console_and_fits_the_window(
     sample: Path, tmp_path: Path, size: str, dark: bool
 ) -> None:
