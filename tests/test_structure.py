@@ -39,6 +39,7 @@ DOORS = {
     "pesq": {"evaluation.metrics"},
     "pystoi": {"evaluation.metrics"},
     "fast_bss_eval": {"evaluation.metrics"},
+    "pyarrow": {"evaluation.results"},
     "wandb": {"training.tracking"},
     "torch.utils.tensorboard": {"training.tracking"},
     "jinja2": {"report.page"},
