@@ -40,6 +40,8 @@ DOORS = {
     "pystoi": {"evaluation.metrics"},
     "fast_bss_eval": {"evaluation.metrics"},
     "pyarrow": {"evaluation.results"},
+    "jiwer": {"evaluation.listening"},
+    "onnxruntime": {"evaluation.listening"},
     "wandb": {"training.tracking"},
     "torch.utils.tensorboard": {"training.tracking"},
     "jinja2": {"report.page"},
