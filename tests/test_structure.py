@@ -203,7 +203,9 @@ print(json.dumps([sorted(heavy), out.getvalue()]))
 """
 
 
-@pytest.mark.parametrize("verb", ["", "mix", "train", "eval", "extract", "demo", "info", "report", "average", "schema"])
+@pytest.mark.parametrize(
+    "verb", ["", "mix", "train", "eval", "extract", "demo", "info", "report", "compare", "average", "schema"]
+)
 def test_help_is_there_at_once(verb: str) -> None:
     done = process(["-c", HELP, json.dumps([*verb.split(), "--help"])])
     assert (done.status, done.err) == (0, "")

@@ -35,6 +35,7 @@ app.command(training.train, group=training.GROUP)
 app.command(training.average, group=training.GROUP)
 app.command(training.schema, group=training.GROUP)
 app.command(reports.report, group=reports.GROUP)
+app.command(reports.compare, group=reports.GROUP)
 app.command(data.mix, group=data.GROUP)
 app.command(data.corpus_app)
 

@@ -1,4 +1,4 @@
-"""The verb that shows results as a page: `report`."""
+"""The verbs that show results: `report` as a page, `compare` as differences."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ from cyclopts import Group, Parameter
 from onevoice.errors import ConfigError
 
 GROUP = Group("Look at results", sort_key=4)
-"""The heading of this verb in the help."""
+"""The heading of these verbs in the help."""
 
 
 def report(
@@ -49,3 +49,34 @@ def report(
         html = weights_report(load(run, device=device), resolve(run).stem, evaluation)
     atomic_write(output, html.encode())
     print(output)
+
+
+def compare(
+    *results: Path,
+    by: str | None = None,
+    common: bool = False,
+    json: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Compare results of onevoice eval or score on the same trials with the first one, trial by trial.
+
+    For each metric it prints both means, the mean difference with its bootstrap 95 % interval, and the p of Wilcoxon's
+    signed-rank test; then the best and worst trials.
+
+    Args:
+        results: The results, two or more; the first is the reference.
+        by: The column that ranks the trials, such as si_sdr_improvement (the default) or pesq.
+        common: Compare the trials that all results share by name, even if their lists or audio differ.
+        json: Print everything as JSON, with the differences of all trials.
+    """
+    from json import dumps
+
+    from onevoice.evaluation.compare import compare as compare_results
+    from onevoice.evaluation.results import read_result
+
+    if len(results) < 2:
+        raise ConfigError("RESULTS: name two or more; the first one is the reference")
+    comparisons = compare_results([read_result(path) for path in results], by, common=common)
+    if json:
+        print(dumps([each.to_dict() for each in comparisons], indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(each.text() for each in comparisons))

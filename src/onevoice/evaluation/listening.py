@@ -41,8 +41,13 @@ DNSMOS_SCALES: Mapping[str, tuple[float, float, float]] = {
 }
 """The order of the network's outputs, and the polynomials that map them to opinion scores (from the speechmos package).
 """
-LOWER_IS_BETTER = frozenset({"wer", "similarity_interferer"})
-"""Columns of this module in which a smaller number is the better one."""
+LOWER_IS_BETTER = frozenset({"wer", "similarity_interferer", "interferer_improvement_db"})
+"""Columns in which a smaller number is the better one."""
+ABOUT_TRIALS = frozenset(
+    {"words", "mixture_wer", "target_wer", "similarity_target", "similarity_mixture"}
+    | {f"mixture_dnsmos_{name}" for name in DNSMOS_SCALES}
+)
+"""Columns that describe a trial and not its estimate."""
 
 
 class Heard(NamedTuple):
