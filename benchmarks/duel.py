@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from onevoice.config import load_config
-from onevoice.evaluation.summary import bootstrap_interval, failure_rate
+from onevoice.evaluation.statistics import bootstrap_interval, failure_rate
 from onevoice.processes import keep_freed_memory
 from onevoice.training.experiment import ConstantConfig, Experiment
 from onevoice.training.run import Trainer

@@ -27,7 +27,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from voices import make_trials
 
-    from onevoice.evaluation.summary import EvaluationConfig, evaluate
+    from onevoice.evaluation.run import EvaluationConfig, evaluate
     from onevoice.extraction.checkpoint import Card
     from onevoice.extraction.extractor import Extractor
     from onevoice.models import SpExPlus, SpExPlusConfig

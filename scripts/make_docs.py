@@ -13,7 +13,7 @@ from typing import Any
 
 from onevoice.cli import app
 from onevoice.config import json_schema
-from onevoice.evaluation.summary import EvaluationConfig
+from onevoice.evaluation.run import EvaluationConfig
 from onevoice.training.experiment import Experiment
 
 DOCS = Path(__file__).parents[1] / "docs"

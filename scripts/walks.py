@@ -89,7 +89,8 @@ def evaluation(folder: Path) -> Walk:
     from tiny import save_tiny
     from voices import make_trials
 
-    from onevoice.evaluation.summary import EvaluationConfig, evaluate, format_report
+    from onevoice.evaluation.run import EvaluationConfig, evaluate
+    from onevoice.evaluation.summary import format_report
     from onevoice.extraction.extractor import load
 
     extractor = load(save_tiny(folder / "tiny.safetensors"), device="cpu")
@@ -100,7 +101,7 @@ def evaluation(folder: Path) -> Walk:
 WALKS: dict[str, tuple[Callable[[Path], Walk], int]] = {
     "recording → gradient": (training_step, 15),
     "command → voice": (extraction, 17),
-    "config → number": (evaluation, 10),
+    "config → number": (evaluation, 16),
 }
 """Each walk, and the largest number of files it may enter."""
 

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from onevoice.config import STRICT, from_dict, json_schema, load_config, override, require_rising, to_dict
 from onevoice.errors import ConfigError
-from onevoice.evaluation.summary import EvaluationConfig
+from onevoice.evaluation.run import EvaluationConfig
 from onevoice.models import SpExPlusConfig
 from onevoice.training.experiment import ConstantConfig, Experiment, OneCycleConfig, PlateauConfig
 from onevoice.training.tracking import WandbConfig

@@ -16,7 +16,7 @@ from voices import make_trials
 from onevoice.cli.training import visible_device
 from onevoice.config import from_dict, load_config, to_dict
 from onevoice.errors import ConfigError
-from onevoice.evaluation.summary import EvaluationConfig
+from onevoice.evaluation.run import EvaluationConfig
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.training.experiment import AdamConfig, Experiment, OneCycleConfig
 from onevoice.training.original import (

@@ -16,7 +16,8 @@ from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
 from onevoice.errors import AudioError, ConfigError, CorpusError
-from onevoice.evaluation.summary import EvaluationConfig, evaluate, format_report
+from onevoice.evaluation.run import EvaluationConfig, evaluate
+from onevoice.evaluation.summary import format_report
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
 from onevoice.mixing.folder import MANIFEST

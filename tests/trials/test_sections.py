@@ -12,7 +12,7 @@ from voices import make_trials
 
 from onevoice.config import from_dict, json_schema, load_config, override, to_dict
 from onevoice.errors import ConfigError
-from onevoice.evaluation.summary import EvaluationConfig
+from onevoice.evaluation.run import EvaluationConfig
 from onevoice.extraction.pickled import load_pickled, save_resume
 from onevoice.training.experiment import DynamicTrials, Experiment, changed_settings
 from onevoice.training.run import train

@@ -1,4 +1,4 @@
-"""The command `onevoice`, one page for each family of verbs: `using`, `voices`, `training`, `reports` and `data`.
+"""The command `onevoice`, one page for each family of verbs.
 
 In: the words of a command line. Out: the exit status, and what the verb prints. A verb is a thin function over the
 package and imports what it needs when it runs, so that help appears at once. This room computes nothing, and no other
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cyclopts import App, CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, UnknownCommandError
 from cyclopts.exceptions import ArgumentOrderError, RepeatArgumentError, UnknownOptionError, UnusedCliTokensError
 
-from onevoice.cli import data, reports, training, using, voices
+from onevoice.cli import data, evaluation, reports, training, using, voices
 from onevoice.errors import OnevoiceError
 
 app = App(
@@ -30,7 +30,8 @@ app.command(voices.voices, group=using.GROUP)
 app.command(using.demo, group=using.GROUP)
 app.command(using.info, group=using.GROUP)
 app.command(using.convert, group=using.GROUP)
-app.command(using.eval_, name="eval", group=using.GROUP)
+app.command(evaluation.eval_, name="eval", group=evaluation.GROUP)
+app.command(evaluation.score, group=evaluation.GROUP)
 app.command(training.train, group=training.GROUP)
 app.command(training.average, group=training.GROUP)
 app.command(training.schema, group=training.GROUP)

@@ -122,7 +122,7 @@ def schema(kind: str = "train") -> None:
         kind: train or eval.
     """
     from onevoice.config import json_schema
-    from onevoice.evaluation.summary import EvaluationConfig
+    from onevoice.evaluation.run import EvaluationConfig
     from onevoice.training.experiment import Experiment
 
     kinds: dict[str, type[Any]] = {"train": Experiment, "eval": EvaluationConfig}

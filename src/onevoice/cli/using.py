@@ -1,4 +1,4 @@
-"""The verbs that use weights: `extract`, `demo`, `info`, `convert` and `eval`."""
+"""The verbs that use weights: `extract`, `demo`, `info` and `convert`."""
 
 import contextlib
 import functools
@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from onevoice.cli.training import visible_device
 from onevoice.errors import AudioError, CheckpointError, ConfigError
 
 GROUP = Group("Use weights", sort_key=1)
@@ -199,7 +198,7 @@ def _model_of(config: Path | None) -> Any:
     """Return the `model` section of an eval config; None without a config."""
     if config is None:
         return None
-    return _load_eval_config(config).model
+    return load_eval_config(config).model
 
 
 def demo(
@@ -279,7 +278,7 @@ def convert(source: str, output: Path | None = None, *, config: EvalConfigFile =
 def _convert_config(source: Path, output: Path | None) -> None:
     """Write or print the translation of a config; a line lists what has no counterpart."""
     from onevoice.config import from_dict, read_config
-    from onevoice.evaluation.summary import EvaluationConfig
+    from onevoice.evaluation.run import EvaluationConfig
     from onevoice.files import atomic_write, to_json
     from onevoice.training.experiment import Experiment
     from onevoice.training.original import is_for_evaluation, is_original, translate_evaluation, translate_experiment
@@ -301,10 +300,10 @@ def _convert_config(source: Path, output: Path | None) -> None:
     print(f"{output or source}: a config for onevoice {kind}; {translation.describe()}", file=sys.stderr)
 
 
-def _load_eval_config(path: Path) -> Any:
+def load_eval_config(path: Path) -> Any:
     """Read an eval config, or take one from a training config or from a config of the original system."""
     from onevoice.config import from_dict, read_config, to_dict
-    from onevoice.evaluation.summary import EvaluationConfig
+    from onevoice.evaluation.run import EvaluationConfig
     from onevoice.training.experiment import Experiment
     from onevoice.training.original import is_original, translate_evaluation
 
@@ -323,77 +322,3 @@ def _load_eval_config(path: Path) -> Any:
             "device": experiment.training.device,
         }
     return from_dict(EvaluationConfig, values, name=str(path))
-
-
-def eval_(
-    *,
-    checkpoint: Annotated[str, Parameter(name=["--checkpoint", "--pretrained", "--resume", "--r", "-r"])],
-    config: EvalConfigFile = None,
-    folder: Annotated[
-        Path | None, Parameter(name=["--folder", "-t", "--test-data-dir", "--test-data-folder", "--t"])
-    ] = None,
-    batch_size: Annotated[int | None, Parameter(name=["--batch-size", "--b", "-b"])] = None,
-    jobs: Annotated[int | None, Parameter(name=["--jobs", "--j", "-j"])] = None,
-    output: Annotated[Path | None, Parameter(name=["--output", "--o", "-o"])] = None,
-    limit: int | None = None,
-    metrics: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    device: Annotated[str | None, Parameter(name=["--device", "-d"])] = None,
-) -> None:
-    """Score a checkpoint on trials: SI-SDR, SI-SDRi, PESQ, STOI and failure rate.
-
-    Args:
-        checkpoint: The weights to score: a published NAME, a PATH (usually a run's best.safetensors), or
-            hf://OWNER/REPO.
-        config: A JSON file with defaults for the options below, such as configs/test_config.json; or a training
-            config, whose validation trials are then the default.
-        folder: The folder of trials: mix/, refs/ and targets/, or NAME-mixed.wav, -ref.wav and -target.wav.
-        batch_size: Trials per pass of the network. It changes the speed, not the numbers.
-        jobs: Processes for the metrics; by default one per core.
-        output: Write the result to this JSON file, and one row per trial to a CSV file beside it.
-        limit: Use only the first trials, by name.
-        metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
-        device: Where to run the network: cpu, cuda, cuda:1, mps or the number of a GPU; auto takes the fastest one
-            available.
-    """
-    from onevoice.config import from_dict, to_dict
-    from onevoice.evaluation.summary import (
-        EvaluationConfig,
-        evaluate,
-        format_report,
-        require_metrics,
-        require_rate,
-        save_report,
-    )
-    from onevoice.extraction.extractor import load
-    from onevoice.files import require_writable
-    from onevoice.trials import place_of, to_record
-
-    settings = EvaluationConfig() if config is None else _load_eval_config(config)
-    options: dict[str, Any] = {
-        "folder": None if folder is None else str(folder),
-        "batch_size": batch_size,
-        "jobs": jobs,
-        "limit": limit,
-        "metrics": metrics,
-        "device": visible_device(device),
-    }
-    chosen = {key: value for key, value in options.items() if value is not None}
-    if folder is not None:
-        chosen["data"] = None
-    settings = from_dict(EvaluationConfig, {**to_dict(settings), **chosen}, name="options")
-    if settings.folder is None and settings.data is None:
-        raise ConfigError("no trials to score; name a folder of trials with -t FOLDER, or as `folder` in the config")
-    if output is not None:
-        if output.suffix.lower() != ".json":
-            raise ConfigError(f"{output}: must end in .json; the rows go into a .csv file beside it")
-        require_writable(output)
-    require_metrics(settings.metrics)
-    extractor = load(checkpoint, settings.model, settings.device)
-    require_rate(settings.metrics, extractor.sample_rate)
-    report = evaluate(extractor, settings)
-    print(f"{checkpoint} on {place_of(settings.trials)}")
-    print(format_report(report))
-    if output is not None:
-        about = {"checkpoint": checkpoint, "data": to_record(settings.trials), "facts": dict(extractor.card.facts)}
-        rows = save_report(report, output, about)
-        print(f"written: {output}, {rows}")

@@ -17,7 +17,7 @@ from onevoice.errors import ConfigError, MissingDependencyError
 from onevoice.evaluation.listening import ABOUT_TRIALS, LOWER_IS_BETTER
 from onevoice.evaluation.metrics import IN_DB, TITLES
 from onevoice.evaluation.results import IMPROVEMENT, Result, TrialRow, hash_trials
-from onevoice.evaluation.summary import bootstrap_interval
+from onevoice.evaluation.statistics import bootstrap_interval
 
 SHOWN = 5
 """Best and worst trials in the printed text."""

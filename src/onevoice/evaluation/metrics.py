@@ -22,9 +22,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -34,6 +33,9 @@ from onevoice.errors import AudioError, MetricError, MissingDependencyError
 
 FLOOR_DB, CEILING_DB = -60.0, 100.0
 """Limits of every ratio in dB: a silent estimate scores the floor, a perfect one the ceiling."""
+
+MAX_INPUT_DB = 60.0
+"""A mixture that is this close to its target holds nothing else."""
 
 SDR_TAPS = 512
 """Length in samples of the distortion filter that BSSEval allows."""
@@ -57,7 +59,7 @@ def si_sdr(estimate: Signal, target: Signal) -> float:
     estimate gives the floor. Raises `MetricError` for a silent target.
     """
     estimate, target = _checked(estimate, target)
-    if _is_silent(estimate):
+    if is_silent(estimate):
         return FLOOR_DB
     estimate, target = _unit(estimate), _unit(target)
     wanted = float(estimate @ target) * target
@@ -72,6 +74,26 @@ def si_sdr_improvement(estimate: Signal, mixture: Signal, target: Signal) -> flo
     return si_sdr(estimate, target) - si_sdr(mixture, target)
 
 
+def interferer_improvement(estimate: Signal, mixture: Signal, target: Signal) -> float:
+    """Return the SI-SDR improvement in dB toward all that is not the target; positive if the estimate has more of it.
+
+    The reference is what is left of the mixture without its projection on the target, both centered: the interferer,
+    up to its small correlation with the target. It needs no target at the scale of the mixture, and toward it the
+    mixture has −SI-SDR(mixture, target). Raises `MetricError` for a silent target and for a mixture with nothing else
+    in it (60 dB SI-SDR or more).
+    """
+    mixture, target = _checked(mixture, target)
+    before = si_sdr(mixture, target)
+    if before >= MAX_INPUT_DB:
+        raise MetricError(f"the mixture holds nothing but the target ({before:.0f} dB SI-SDR)")
+    if is_silent(mixture):
+        raise MetricError("the mixture is silent")
+    unit = _unit(target)
+    centered = mixture - mixture.mean()
+    rest = centered - float(centered @ unit) * unit
+    return si_sdr(estimate, rest) - si_sdr(mixture, rest)
+
+
 def sdr(estimate: Signal, target: Signal) -> float:
     """Return the BSSEval signal-to-distortion ratio in dB; higher is better.
 
@@ -82,7 +104,7 @@ def sdr(estimate: Signal, target: Signal) -> float:
     estimate, target = _checked(estimate, target)
     if len(target) < SDR_TAPS:
         raise MetricError(f"SDR needs {SDR_TAPS} samples or more, not {len(target)}")
-    if _is_silent(estimate):
+    if is_silent(estimate):
         return FLOOR_DB
     library = _eval_package("fast_bss_eval")
     try:
@@ -103,7 +125,7 @@ def pesq(estimate: Signal, target: Signal, sample_rate: int) -> float:
     if mode is None:
         raise AudioError(f"PESQ is defined at 8000 and 16000 Hz, not {sample_rate} Hz; resample first")
     estimate, target = _checked(estimate, target)
-    if _is_silent(estimate):
+    if is_silent(estimate):
         raise MetricError("PESQ refused: the estimate is silent")
     if _max_utterances(target, sample_rate) > MAX_PESQ_UTTERANCES:
         raise MetricError(f"PESQ refused: over {MAX_PESQ_UTTERANCES} utterances; score shorter pieces")
@@ -129,7 +151,7 @@ def stoi(estimate: Signal, target: Signal, sample_rate: int, extended: bool = Fa
     estimate, target = _checked(estimate, target)
     if len(target) < MIN_STOI_SECONDS * sample_rate:
         raise MetricError(f"STOI needs {MIN_STOI_SECONDS} s of speech or more")
-    if _is_silent(estimate):
+    if is_silent(estimate):
         return 0.0
     library = _eval_package("pystoi")
     with warnings.catch_warnings(record=True) as caught, _fixed_global_randomness():
@@ -152,7 +174,7 @@ def attenuation_db(mixture: Signal, estimate: Signal) -> float:
         raise AudioError(f"the mixture has {mixture.size} samples and the estimate {estimate.size}")
     require_finite(mixture, "mixture")
     require_finite(estimate, "estimate")
-    if _is_silent(mixture):
+    if is_silent(mixture):
         raise MetricError("the mixture is silent, so nothing can be attenuated")
     return _ratio_db(mixture, estimate)
 
@@ -179,41 +201,6 @@ TITLES: Mapping[MetricName, str] = {
 """What reports call each metric, in their order."""
 IN_DB: frozenset[str] = frozenset({"si_sdr", "si_sdr_improvement", "sdr"})
 """The metrics in dB; the others have no unit."""
-
-
-class EstimatedTrial(NamedTuple):
-    """One trial and the network's estimate, all at one rate. All signals have the same length."""
-
-    name: str
-    estimate: Signal
-    target: Signal
-    mixture: Signal
-
-
-@dataclass(frozen=True)
-class TrialScore:
-    """The scores of one trial."""
-
-    name: str
-    seconds: float
-    values: dict[MetricName, float | None]
-    """None for a metric that has no value for this trial."""
-    refusals: dict[MetricName, str]
-    """Why a metric has no value."""
-    attenuation_db: float | None = None
-    """How much quieter the estimate is than the mixture; only for trials with a silent target."""
-
-
-def score_trial(trial: EstimatedTrial, sample_rate: int, names: Sequence[MetricName]) -> TrialScore:
-    """Score one trial: by the metrics `names` if the target speaks, otherwise by attenuation.
-
-    Worker processes run this: arguments and result can be pickled.
-    """
-    seconds = len(trial.target) / sample_rate
-    if _is_silent(trial.target):
-        return TrialScore(trial.name, seconds, {}, {}, attenuation_db(trial.mixture, trial.estimate))
-    values, refusals = compute_metrics(trial.estimate, trial.target, trial.mixture, sample_rate, names)
-    return TrialScore(trial.name, seconds, values, refusals)
 
 
 def compute_metrics(
@@ -274,12 +261,13 @@ def _checked(estimate: Signal, target: Signal) -> tuple[Signal, Signal]:
         raise AudioError(f"the estimate has {estimate.size} samples and the target {target.size}")
     require_finite(estimate, "estimate")
     require_finite(target, "target")
-    if _is_silent(target):
+    if is_silent(target):
         raise MetricError("the target is silent, so nothing can be compared with it")
     return estimate.astype(np.float64), target.astype(np.float64)
 
 
-def _is_silent(samples: Signal) -> bool:
+def is_silent(samples: Signal) -> bool:
+    """Check whether all samples are equal."""
     return not np.ptp(samples) > 0
 
 

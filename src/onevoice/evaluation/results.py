@@ -25,16 +25,19 @@ The rows have these columns, in this order. Empty means that there is no value, 
     …                            any other numbers, such as a speaker similarity, by a name of their own
     network_seconds              computing time of the network; the only column that differs from run to run
 
-The summary is one JSON object with these keys; those of a group are the same from `trials` to `mixture`:
+The summary is one JSON object with these keys:
 
     trials, target_present, target_absent, failure_rate, failure_threshold_db, confusion_rate,
-    attenuation_db, refusals, left_out, notes, metrics, mixture, groups, speed, checkpoint, data, facts, provenance,
-    rows_file, rows_hash
+    attenuation_db, refusals, left_out, notes, metrics, mixture, groups, speed, trials_hash, data, provenance,
+    rows_file, rows_hash, and one of checkpoint (with facts), baseline and estimates: what was judged
 
 `metrics` and `mixture` map a column to `{count, missing, mean, median, percentile_5, interval_95}`. `groups` maps
 `gender_pair`, `input_snr_db`, `enrollment_seconds` and `corpus` to groups, each with `trials`, `failure_rate`,
-`confusion_rate` and `metrics`. `rows_hash` covers every column but `network_seconds`, so equal numbers have equal
-hashes.
+`confusion_rate` and `metrics`. `speed` is null, or has `network_seconds`, `sound_seconds` and `real_time_factor`.
+`provenance` has `estimator` (`card`, `weights_hash` and `device` of a network), `sample_rate`, `recipe` (how the trials
+were made), `batch_size` and `software` (versions, commit, seeds). `trials_hash` covers the names and the audio of the
+trials, so it is equal if the same was judged. `rows_hash` covers every column but `network_seconds`, so equal numbers
+have equal hashes.
 """
 
 import csv
@@ -174,6 +177,12 @@ def rows_path_of(path: Path) -> Path:
             f"{path}: must end in .json; the rows go into a .csv file beside it (or end it in .parquet, for such rows)"
         )
     return path.with_suffix(".csv")
+
+
+def require_format(path: Path) -> None:
+    """Raise `MissingDependencyError` before any work if the rows cannot be written in the format of `path`."""
+    if path.suffix.lower() == ".parquet":
+        _parquet()
 
 
 def write_rows(path: Path, rows: Sequence[TrialRow]) -> None:

@@ -50,7 +50,7 @@ def export_trials(
         raise ConfigError("segment_seconds, enrollment_seconds: trials are written whole; remove these keys")
     out = Path(out)
     opened = open_trials(config)
-    rate = sample_rate or _own_rate(opened)
+    rate = sample_rate or own_rate(opened)
     roots = _roots(config)
     settings = {
         "render_version": RENDER_VERSION,
@@ -88,7 +88,8 @@ class TrialCopier:
         return MadeTrial([MadeMixture(row, mixture, target, enrollment)], [])
 
 
-def _own_rate(opened: TrialList) -> int:
+def own_rate(opened: TrialList) -> int:
+    """Return the sample rate of a set of trials in Hz; for a folder, that of its first mixture."""
     if opened.sample_rate is not None:
         return opened.sample_rate
     first = opened.trials[0].mixture

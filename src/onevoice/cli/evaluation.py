@@ -1,0 +1,196 @@
+"""The verbs that measure: `eval` and `score`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from onevoice.cli.training import visible_device
+from onevoice.cli.using import EvalConfigFile, load_eval_config
+from onevoice.errors import ConfigError
+
+GROUP = Group("Measure", sort_key=1.5)
+"""The heading of these verbs in the help."""
+Jobs = Annotated[int | None, Parameter(name=["--jobs", "--j", "-j"])]
+Output = Annotated[Path | None, Parameter(name=["--output", "--o", "-o"])]
+MetricNames = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+
+
+def eval_(
+    *,
+    checkpoint: Annotated[str | None, Parameter(name=["--checkpoint", "--pretrained", "--resume", "--r", "-r"])] = None,
+    baseline: Literal["mixture", "irm", "psm"] | None = None,
+    config: EvalConfigFile = None,
+    folder: Annotated[
+        Path | None, Parameter(name=["--folder", "-t", "--test-data-dir", "--test-data-folder", "--t"])
+    ] = None,
+    batch_size: Annotated[int | None, Parameter(name=["--batch-size", "--b", "-b"])] = None,
+    jobs: Jobs = None,
+    output: Output = None,
+    save_estimates: Path | None = None,
+    limit: int | None = None,
+    metrics: MetricNames = None,
+    genders: Path | None = None,
+    sample_rate: int | None = None,
+    device: Annotated[str | None, Parameter(name=["--device", "-d"])] = None,
+) -> None:
+    """Score a checkpoint on trials: SI-SDR, SI-SDRi, PESQ, STOI, failures and confusions.
+
+    With --output, a killed evaluation resumes where it stopped with the same command.
+
+    Args:
+        checkpoint: The weights to score: a published NAME, a PATH (usually a run's best.safetensors), or
+            hf://OWNER/REPO.
+        baseline: Score a baseline instead of weights: the mixture itself, or an upper bound that sees the target, the
+            ideal ratio mask (irm) or the phase-sensitive mask (psm).
+        config: A JSON file with defaults for the options below, such as configs/test_config.json; or a training
+            config, whose validation trials are then the default.
+        folder: The folder of trials: mix/, refs/ and targets/, or NAME-mixed.wav, -ref.wav and -target.wav.
+        batch_size: Trials per pass of the network. It changes the speed, not the numbers.
+        jobs: Processes for the metrics; by default one per core.
+        output: Write the result to this JSON file, and one row per trial to a CSV file beside it; with the ending
+            .parquet, the rows in that format, and the JSON file beside them.
+        save_estimates: Also write every estimate to this folder, as NAME.wav in 32-bit float.
+        limit: Use only the first trials, by name.
+        metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
+        genders: A CSV or JSONL table with the columns speaker and gender (F or M), to group trials by.
+        sample_rate: For a baseline: the rate in Hz to score at, by default that of the trials.
+        device: Where to run the network: cpu, cuda, cuda:1, mps or the number of a GPU; auto takes the fastest one
+            available.
+    """
+    from onevoice.evaluation import run
+    from onevoice.evaluation.provenance import describe_model
+    from onevoice.extraction.extractor import load
+    from onevoice.trials import open_trials, place_of
+    from onevoice.trials.export import own_rate
+
+    if (checkpoint is None) == (baseline is None):
+        fault = "is missing" if checkpoint is None else "cannot be scored together with --baseline"
+        raise ConfigError(f"--checkpoint: {fault}; see onevoice eval --help")
+    if sample_rate is not None and baseline is None:
+        raise ConfigError("--sample-rate: belongs to --baseline; a network is scored at its own rate")
+    settings = _settings(
+        config, folder, genders, batch_size=batch_size, jobs=jobs, limit=limit, metrics=metrics, device=device
+    )
+    _check_output(output, settings)
+    if checkpoint is None:
+        assert baseline is not None, "one of them is set"
+        estimator = run.baseline(baseline, sample_rate or own_rate(open_trials(settings.trials)))
+        about: dict[str, Any] = {"baseline": baseline}
+        model = about
+    else:
+        extractor = load(checkpoint, settings.model, settings.device)
+        estimator, model = run.network(extractor), describe_model(extractor)
+        about = {"checkpoint": checkpoint, "facts": dict(extractor.card.facts)}
+    title = f"{checkpoint or f'baseline {baseline}'} on {place_of(settings.trials)}"
+    _judge(estimator, settings, title, output, save_estimates, about, model)
+
+
+def score(
+    estimates: Path,
+    trials: Path | None = None,
+    *,
+    config: EvalConfigFile = None,
+    jobs: Jobs = None,
+    output: Output = None,
+    limit: int | None = None,
+    metrics: MetricNames = None,
+    genders: Path | None = None,
+    sample_rate: int | None = None,
+) -> None:
+    """Score the estimates of any other program: onevoice score ESTIMATES TRIALS.
+
+    Args:
+        estimates: The folder of the estimates: NAME.wav or NAME.flac for each trial NAME, as long as its mixture.
+        trials: The folder of trials: mix/, refs/ and targets/, or NAME-mixed.wav, -ref.wav and -target.wav.
+        config: A JSON file for eval that names the trials, instead of TRIALS, and defaults for the options below.
+        jobs: Processes for the metrics; by default one per core.
+        output: Write the result to this JSON file, and one row per trial to a CSV file beside it; with the ending
+            .parquet, the rows in that format, and the JSON file beside them.
+        limit: Use only the first trials, by name.
+        metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
+        genders: A CSV or JSONL table with the columns speaker and gender (F or M), to group trials by.
+        sample_rate: The rate in Hz to score at, which the estimates must have; by default that of the trials.
+    """
+    from onevoice.evaluation.estimates import open_estimates
+    from onevoice.trials import place_of
+
+    settings = _settings(config, trials, genders, jobs=jobs, limit=limit, metrics=metrics)
+    _check_output(output, settings)
+    found = open_estimates(estimates, settings.trials, sample_rate)
+    about = {"estimates": str(estimates)}
+    title = f"{estimates} on {place_of(settings.trials)}"
+    _judge(found.estimator, settings, title, output, None, about, {**about, "files_hash": found.files_hash})
+
+
+def _settings(config: Path | None, folder: Path | None, genders: Path | None, **options: Any) -> Any:
+    """Return the settings of an evaluation: those of a config, overridden by options that are not None."""
+    from onevoice.config import from_dict, to_dict
+    from onevoice.evaluation.run import EvaluationConfig
+
+    settings = EvaluationConfig() if config is None else load_eval_config(config)
+    places = {"folder": None if folder is None else str(folder), "genders": None if genders is None else str(genders)}
+    if "device" in options:
+        options["device"] = visible_device(options["device"])
+    chosen = {key: value for key, value in {**places, **options}.items() if value is not None}
+    if folder is not None:
+        chosen["data"] = None
+    settings = from_dict(EvaluationConfig, {**to_dict(settings), **chosen}, name="options")
+    if settings.folder is None and settings.data is None:
+        raise ConfigError("no trials to score; name a folder of trials with -t FOLDER, or as `folder` in the config")
+    return settings
+
+
+def _check_output(output: Path | None, settings: Any) -> None:
+    """Raise before any work if a file cannot be written or a package is missing."""
+    from onevoice.evaluation.results import require_format, rows_path_of
+    from onevoice.evaluation.run import require_metrics
+    from onevoice.files import require_writable
+
+    if output is not None:
+        require_format(rows_path_of(output))
+        require_writable(output)
+    require_metrics(settings.metrics)
+
+
+def _judge(
+    estimator: Any,
+    settings: Any,
+    title: str,
+    output: Path | None,
+    save_estimates: Path | None,
+    about: dict[str, Any],
+    model: dict[str, Any],
+) -> None:
+    """Judge the estimates, print the summary and write the result."""
+    from onevoice.evaluation.journal import Journal
+    from onevoice.evaluation.provenance import describe_recipe, describe_software
+    from onevoice.evaluation.run import Keeping, judge, require_rate
+    from onevoice.evaluation.summary import format_report, save_report
+    from onevoice.trials import to_record
+
+    require_rate(settings.metrics, estimator.sample_rate)
+    journal = None
+    provenance: dict[str, Any] = {}
+    if output is not None:
+        provenance = {
+            "estimator": model,
+            "sample_rate": estimator.sample_rate,
+            "recipe": describe_recipe(settings.trials),
+            "batch_size": settings.batch_size,
+            "software": describe_software(),
+        }
+        asked = {"data": to_record(settings.trials), "metrics": settings.metrics, "genders": settings.genders}
+        estimates = None if save_estimates is None else str(save_estimates)
+        journal = Journal(output, {**provenance, **asked, "save_estimates": estimates})
+    report = judge(estimator, settings, keeping=Keeping(journal, save_estimates))
+    if journal is not None and journal.problem is not None:
+        print(f"onevoice: not resumable: {journal.problem}", file=sys.stderr)
+    print(title)
+    print(format_report(report))
+    if output is not None and journal is not None:
+        about = {**about, "data": to_record(settings.trials), "provenance": provenance}
+        rows = save_report(report, output, about)
+        journal.remove()
+        print(f"written: {output.with_suffix('.json')}, {rows}")

@@ -1,0 +1,82 @@
+"""The journal of an evaluation: rows on disk as they come, so that a killed evaluation resumes with the same command.
+
+`RESULT.journal.jsonl` lies beside the result until that is complete. Its first line says what is evaluated, and each
+further line is one row, in the order of the trials. A half-written last line is dropped. Because a row is kept whole,
+with the seconds of the network, the finished result does not depend on interruptions.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from onevoice.errors import ConfigError, StorageError
+from onevoice.evaluation.results import TrialRow
+from onevoice.files import append_whole, storage_errors, to_json_lines, whole_rows
+
+SUFFIX = ".journal.jsonl"
+
+
+class Journal:
+    """The rows of one evaluation, which `identity` describes: JSON values that differ for any other evaluation."""
+
+    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+        self.path = output.with_suffix(SUFFIX)
+        self.identity = json.loads(json.dumps(identity))  # as it comes back
+        self.problem: str | None = None
+        """Why rows are no longer kept, such as a full disk; the evaluation itself continues."""
+        self._stream: FileIO | None = None
+
+    def resume(self, names: Sequence[str]) -> list[TrialRow]:
+        """Return the rows that a killed evaluation of the trials `names` left; [] if there are none.
+
+        Raises `ConfigError` if the journal belongs to another evaluation.
+        """
+        found = whole_rows(self.path)
+        before = next(found, None)
+        if before is None:
+            return []
+        differing = [key for key in self.identity if before.get(key) != self.identity[key]]
+        if differing:
+            raise ConfigError(
+                f"{self.path}: belongs to an unfinished evaluation of something else ({', '.join(differing)} differ); "
+                "remove it to start over, or choose another --output"
+            )
+        rows = [TrialRow(**row) for row in found]
+        if [row.name for row in rows] != list(names[: len(rows)]):
+            raise ConfigError(f"{self.path}: its trials are not those of this evaluation; remove it to start over")
+        return rows
+
+    def append(self, row: TrialRow) -> None:
+        """Append a row, which is then on the disk. If it cannot be written, give up the journal and set `problem`."""
+        if self.problem is not None:
+            return
+        try:
+            with storage_errors(self.path):
+                stream = self._stream or self._open()
+                append_whole(stream, to_json_lines([asdict(row)]))
+                os.fsync(stream.fileno())
+        except StorageError as error:
+            self.problem = str(error)
+            self.remove()
+
+    def close(self) -> None:
+        """Close the file; it stays for a later `resume`."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def remove(self) -> None:
+        """Remove the file, once the result is complete."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def _open(self) -> FileIO:
+        """Open the file for appending, after its last complete line; a new one begins with the identity."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = to_json_lines(whole_rows(self.path)) or to_json_lines([self.identity])
+        self.path.write_bytes(whole)
+        self._stream = self.path.open("ab", buffering=0)
+        return self._stream

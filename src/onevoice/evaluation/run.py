@@ -1,0 +1,249 @@
+"""Scoring estimates on trials: estimates are made in batches in this process, and scored in worker processes.
+
+An `Estimator` makes estimates: a network, a baseline, or a folder that another toolkit filled. It runs ahead of the
+metrics by a bounded number of trials (`processes.ordered_map`). Estimates are scored at the estimator's rate and never
+rescaled. The number of processes and interruptions change nothing; batch size and padding change nothing but rounding.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass as section
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from onevoice.audio import write_audio
+from onevoice.config import STRICT, Location
+from onevoice.errors import AudioError, ConfigError, MissingDependencyError
+from onevoice.evaluation.baselines import BaselineName, estimate_baseline
+from onevoice.evaluation.facts import trial_facts
+from onevoice.evaluation.journal import Journal
+from onevoice.evaluation.metrics import MetricName
+from onevoice.evaluation.scoring import EstimatedTrial, TrialFacts, score_trial
+from onevoice.evaluation.summary import Report, make_report
+from onevoice.extraction.extractor import Extractor
+from onevoice.models import ModelConfig
+from onevoice.processes import ordered_map
+from onevoice.trials import FolderTrials, TrialsConfig, open_trials
+from onevoice.trials.reading import EpochSampler, TrialBatch, TrialDataset, collate, read_batches
+
+METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
+
+
+@section(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """What `eval.py --c FILE` reads. Options of the command override it."""
+
+    folder: str | None = None
+    """A folder of trials, short for `data` of kind "folder"."""
+    data: TrialsConfig | None = None
+    """The trials, by `kind`: a folder of trials or another data set; null when `folder` is set."""
+    batch_size: PositiveInt = 1
+    """Trials per pass of the network; the scores do not depend on it."""
+    jobs: NonNegativeInt = 0
+    """Number of processes for the metrics; 0 for one per core."""
+    limit: PositiveInt | None = None
+    """Number of trials to use, from the first one on; null for `data.limit`."""
+    metrics: tuple[MetricName, ...] = METRIC_NAMES
+    """The metrics to compute."""
+    genders: Location | None = None
+    """A CSV or JSONL table with the columns `speaker` and `gender` (F or M), to group trials by; null for none."""
+    device: str = "auto"
+    """Where the network runs: cpu, cuda, …; auto takes the best available device."""
+    model: ModelConfig | None = None
+    """The network; needed only for checkpoints that do not describe theirs (`.pth`)."""
+
+    @staticmethod
+    def upgrade(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rename `data_dir` or `test_data_dir`, the older names of `folder`; `from_dict` calls this."""
+        old = next((key for key in ("data_dir", "test_data_dir") if key in values), "")
+        if not old or "folder" in values:
+            return values
+        return {"folder" if key == old else key: value for key, value in values.items()}
+
+    @property
+    def trials(self) -> TrialsConfig:
+        """The set of trials, from `folder` or `data`; raises `ConfigError` unless exactly one is set."""
+        if (self.folder is None) == (self.data is None):
+            raise ConfigError("folder, data: set one of them; trials come from a folder or from another data set")
+        chosen = self.data or FolderTrials(str(self.folder))
+        return chosen if self.limit is None else replace(chosen, limit=self.limit)
+
+
+Estimates = list[Float[np.ndarray, "_samples"]]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What makes the estimates that are judged."""
+
+    estimate: Callable[[TrialBatch], Estimates]
+    """Returns the estimates of a batch, each as long as its mixture."""
+    sample_rate: int
+    """The rate in Hz at which the trials are read and judged."""
+    is_timed: bool = False
+    """Whether the time of `estimate` says something about speed."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the estimates."""
+
+
+def network(extractor: Extractor) -> Estimator:
+    """Return the estimator of a network: its first estimate, at its own level."""
+
+    def estimate(batch: TrialBatch) -> Estimates:
+        waves = extractor.estimate(batch).numpy()
+        return [wave[:length].copy() for wave, length in zip(waves, batch["audio_length"].tolist(), strict=True)]
+
+    return Estimator(estimate, extractor.sample_rate, is_timed=True)
+
+
+def baseline(name: BaselineName, sample_rate: int) -> Estimator:
+    """Return the estimator of a baseline at a rate in Hz."""
+
+    def estimate(batch: TrialBatch) -> Estimates:
+        trials = zip(batch["audio"], batch["target"], batch["audio_length"].tolist(), strict=True)
+        return [
+            estimate_baseline(name, mixture[:length], target[:length], sample_rate).numpy()
+            for mixture, target, length in trials
+        ]
+
+    return Estimator(estimate, sample_rate)
+
+
+def evaluate(extractor: Extractor, config: EvaluationConfig, *, progress: bool = True) -> Report:
+    """Score a network on the trials of `config.folder` or `config.data`, in the order of the data set.
+
+    Raises `CorpusError` or `AudioError` for unusable trials, `MissingDependencyError` without the extra `eval`.
+    """
+    return judge(network(extractor), config, progress=progress)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What an evaluation leaves on disk while it runs."""
+
+    journal: Journal | None = None
+    """Where rows go as they come, and where those of a killed evaluation are."""
+    estimates_folder: Path | None = None
+    """Where estimates go, as NAME.wav in 32-bit float."""
+
+
+def judge(
+    estimator: Estimator, config: EvaluationConfig, *, progress: bool = True, keeping: Keeping = Keeping()
+) -> Report:
+    """Score the estimates of any estimator as `evaluate` does; resume what a killed evaluation left in the journal."""
+    chosen = config.trials
+    opened = open_trials(chosen)
+    trials, rate = opened.trials, estimator.sample_rate
+    journal = keeping.journal
+    rows = [] if journal is None else journal.resume([trial.name for trial in trials])
+    facts = trial_facts(chosen, trials, None if config.genders is None else Path(config.genders))
+    jobs = min(config.jobs or os.cpu_count() or 1, len(trials))
+    data = TrialDataset(trials, rate, (), chosen.segment_seconds, chosen.enrollment_seconds)
+    estimates = _estimates(estimator, data, facts, config.batch_size, len(rows), keeping.estimates_folder)
+    make_score = functools.partial(functools.partial, score_trial, sample_rate=rate, names=config.metrics)
+    with (
+        contextlib.closing(ordered_map(make_score, estimates, jobs)) as scores,
+        contextlib.ExitStack() as stack,
+        tqdm(total=len(trials), initial=len(rows), desc="eval", disable=None if progress else True) as bar,
+    ):
+        if journal is not None:
+            stack.callback(journal.close)
+        for row in scores:
+            if journal is not None:
+                journal.append(row)
+            rows.append(row)
+            bar.update()
+    return make_report(rows, config.metrics, opened.left_out, [*opened.notes, *estimator.notes])
+
+
+def _estimates(
+    estimator: Estimator,
+    data: TrialDataset,
+    facts: list[TrialFacts],
+    batch_size: int,
+    done: int,
+    folder: Path | None,
+) -> Iterator[EstimatedTrial]:
+    """Yield the trials in order, each with its estimate, without the first `done`.
+
+    The batches are those of an evaluation from the start, so that resuming does not even change the rounding.
+    """
+    sampler = EpochSampler(len(data), batch_size, 0, 0, done // batch_size, shuffle=False)
+    loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
+    index = done // batch_size * batch_size
+    for batch in read_batches(loader):
+        begin = time.perf_counter()
+        estimates = estimator.estimate(batch)
+        seconds = time.perf_counter() - begin
+        lengths = batch["audio_length"].tolist()
+        for row, (name, estimate, length) in enumerate(zip(batch["name"], estimates, lengths, strict=True)):
+            index += 1
+            if index <= done:
+                continue
+            if folder is not None:
+                _save(folder / f"{name}.wav", estimate, data.sample_rate)
+            yield EstimatedTrial(
+                name,
+                estimate,
+                batch["target"][row, :length].numpy(),
+                batch["audio"][row, :length].numpy(),
+                facts[index - 1],
+                int(batch["ref_length"][row]) / data.sample_rate,
+                _hash_audio(batch, row, data.sample_rate),
+                round(seconds * length / sum(lengths), 6) if estimator.is_timed else None,
+            )
+
+
+def _save(path: Path, estimate: Float[np.ndarray, "_samples"], sample_rate: int) -> None:
+    try:
+        write_audio(path, estimate, sample_rate, subtype="FLOAT", durable=False)
+    except AudioError as error:
+        raise AudioError(f"{path}: the estimate cannot be saved ({error})") from error
+
+
+def _hash_audio(batch: TrialBatch, row: int, sample_rate: int) -> str:
+    """Return the hash of the audio of one trial as it is judged, whatever file it came from."""
+    length, ref_length = int(batch["audio_length"][row]), int(batch["ref_length"][row])
+    digest = hashlib.blake2b(f"{sample_rate} {length} {ref_length}".encode(), digest_size=16)
+    waves: tuple[Tensor, ...] = (
+        batch["audio"][row, :length],
+        batch["target"][row, :length],
+        batch["ref"][row, :ref_length],
+    )
+    for wave in waves:
+        digest.update(wave.to(torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_metrics(names: tuple[MetricName, ...]) -> None:
+    """Raise `MissingDependencyError` before any work if the package of a metric is missing."""
+    packages = {"pesq": "pesq", "stoi": "pystoi", "estoi": "pystoi", "sdr": "fast_bss_eval"}
+    missing = sorted({packages[name] for name in names if name in packages and find_spec(packages[name]) is None})
+    if missing:
+        raise MissingDependencyError(
+            f'evaluation needs {", ".join(missing)}: pip install "onevoice[eval]" (pesq needs a C compiler), '
+            "or choose other metrics (--metrics si_sdr si_sdr_improvement)"
+        )
+
+
+def require_rate(names: tuple[MetricName, ...], sample_rate: int) -> None:
+    """Raise `ConfigError` before any work if PESQ is not defined at the network's rate."""
+    if "pesq" in names and sample_rate not in (8000, 16000):
+        raise ConfigError(
+            f"metrics: PESQ is defined at 8000 and 16000 Hz, and the network works at {sample_rate} Hz; choose others "
+            "(--metrics si_sdr si_sdr_improvement stoi)"
+        )
