@@ -200,7 +200,7 @@ def provenance() -> dict[str, str]:
     facts = {"onevoice": version("onevoice"), "torch": torch.__version__}
     root = Path(__file__).parents[3]
     if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         try:
             facts["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
