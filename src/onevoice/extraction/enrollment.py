@@ -223,8 +223,8 @@ def _speech(sound: Sound) -> Mono:
 def _warn_of_others(extractor: Extractor, sounds: list[Sound]) -> Voice:
     """Return the voice of recordings, with a warning if a recording has more than one."""
     samples, rates = [sound.samples for sound in sounds], [sound.sample_rate for sound in sounds]
-    names, speech = [sound.name for sound in sounds], [sound.speech for sound in sounds]
-    voice = extractor.enroll(samples, rates, names, speech)
+    names, spoken = [sound.name for sound in sounds], [sound.speech for sound in sounds]
+    voice = extractor.enroll(samples, rates, names, spoken)
     warnings, most = [], 1
     for sound in sounds:
         limit = MAX_SEARCHED_SECONDS
