@@ -26,8 +26,8 @@ SMALL_CONFIGS: dict[str, ModelConfig] = {
         sample_rate=8000, filters=16, channels=12, hidden=20, blocks=3, stacks=2, speaker_dim=10, num_classes=5
     ),
     "bandsplit": BandSplitConfig(
-        sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
-        attention_seconds=0.05, heads=2, key_dim=4, voice_frames=3, num_classes=5,
+        sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, feed_forward=10, shared=4, blocks=3,
+        dilations=(1, 2), taps=3, attention_seconds=0.05, heads=2, key_dim=3, voice_frames=3, num_classes=5,
     ),
 }  # fmt: skip
 """A small config of every network, with 5 training speakers at 8 kHz: the tests of the contract use it."""

@@ -1,6 +1,7 @@
 """The band-split network: exact windows, bounded context, and the compiled form against the layers."""
 
 import functools
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -11,12 +12,14 @@ from torch.nn import functional as F
 from onevoice.config import from_dict
 from onevoice.errors import ConfigError
 from onevoice.models import BandSplitConfig, BandSplitExtractor, bandsplit
-from onevoice.models.bandsplit import Attention
+from onevoice.models.bandsplit_blocks import Attention, TimeBlock
 
 CONFIG = BandSplitConfig(
-    sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, shared=4, blocks=3, dilations=(1, 2),
-    attention_seconds=0.08, heads=2, key_dim=4, voice_frames=3, num_classes=5, normalize_level=False,
+    sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, feed_forward=10, shared=4, blocks=3,
+    dilations=(1, 2), taps=3, attention_seconds=0.08, heads=2, key_dim=3, voice_frames=3, num_classes=5,
+    normalize_level=False,
 )  # fmt: skip
+CAUSAL = replace(CONFIG, causal=True, level_seconds=0.1)
 
 
 def network(config: BandSplitConfig = CONFIG) -> BandSplitExtractor:
@@ -65,45 +68,97 @@ def test_windows_with_context_give_the_whole_recording() -> None:
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
 
 
+@pytest.mark.parametrize("at", [1, 3000, 8998])
+def test_a_causal_network_depends_on_nothing_after_its_latency(at: int) -> None:
+    model = network(CAUSAL)
+    assert CAUSAL.latency_seconds is not None
+    latency, context = (round(x * CAUSAL.sample_rate) for x in (CAUSAL.latency_seconds, CAUSAL.context_seconds))
+    audio = noise(1, 9000).requires_grad_()
+    (estimate,) = model.extract(audio, model.embed(noise(1, 4000, seed=2)))
+    estimate[0, at].backward()
+    assert audio.grad is not None
+    (touched,) = audio.grad[0].nonzero(as_tuple=True)
+    assert touched.max() < at + latency
+    assert touched.max() >= min(at + latency - CAUSAL.hop - 1, 8998)  # the latency is not stated too large
+    assert touched.min() >= at - context
+
+
+@torch.no_grad()
+def test_a_causal_network_follows_the_level_of_the_past() -> None:
+    """A gain scales the estimate; what comes before the reach of the level does not matter."""
+    model, voice = network(CAUSAL), network(CAUSAL).embed(noise(1, 4000, seed=2))
+    audio = noise(1, 6000)
+    (plain,), (loud,) = model.extract(audio, voice), model.extract(20 * audio, voice)
+    assert torch.allclose(loud, 20 * plain, rtol=1e-4, atol=1e-3)
+    assert not model.extract(0 * audio, voice)[0].any()
+    power = model._spectrum(audio).abs().square()[0, :, : CAUSAL.bins].mean(1)
+    frame = CAUSAL.level_frames + 3
+    level = power[frame - CAUSAL.level_frames + 1 : frame + 1].mean() + 1e-8
+    wanted = model._spectrum(audio)[0, frame, 5] / level.sqrt()
+    compressed = torch.view_as_complex(model._compress(model._spectrum(audio)))[0, frame, 5]
+    assert torch.allclose(compressed * compressed.abs(), wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 9, 23])
 @torch.no_grad()
-def test_attention_against_one_softmax_over_all_pairs(count: int) -> None:
-    """Written out for every pair of frames, with minus infinity out of reach."""
+def test_attention_against_one_softmax_over_all_pairs(count: int, causal: bool) -> None:
+    """Written out for every pair of frames and head, with minus infinity out of reach."""
     torch.manual_seed(0)
-    attention = Attention(CONFIG).double()
+    attention = Attention(replace(CONFIG, causal=causal)).double()
     assert attention.reach == 5
-    frames, voice = noise(2, count, CONFIG.features), noise(2, 3, CONFIG.features, seed=2)
-    voice_keys = attention.queries_and_keys(voice).chunk(2, dim=2)[1]
-    heads, size = CONFIG.heads, CONFIG.features // CONFIG.heads
-    queries, keys = attention.queries_and_keys(frames).chunk(2, dim=2)
-    results = []
-    for head in range(heads):
+    frames = noise(2, count, 7, 8)
+    far = torch.arange(count)[:, None] - torch.arange(count)
+    far = (far > 5) | (far < 0) if causal else far.abs() > 5
+    assert torch.allclose(attention(frames, None, None), attend(attention, frames, frames, far), atol=1e-12)
+    voice = noise(2, 3, 7, 8, seed=2)
+    everywhere = torch.zeros(count, 3, dtype=torch.bool)
+    assert torch.allclose(attention(frames, voice, None), attend(attention, frames, voice, everywhere), atol=1e-12)
+
+
+def attend(attention: Attention, frames: Tensor, others: Tensor, far: Tensor) -> Tensor:
+    normed, other = attention.norm(frames), attention.norm(others)
+    found = torch.empty_like(frames)
+    for head in range(CONFIG.heads):
         of_keys = slice(head * CONFIG.key_dim, (head + 1) * CONFIG.key_dim)
-        of_values = slice(head * size, (head + 1) * size)
-        scores = queries[..., of_keys] @ keys[..., of_keys].transpose(1, 2) / CONFIG.key_dim**0.5
-        far = (torch.arange(count)[:, None] - torch.arange(count)).abs() > attention.reach
-        scores = scores.masked_fill(far, -torch.inf)
-        to_voice = queries[..., of_keys] @ voice_keys[..., of_keys].transpose(1, 2)
-        weights = torch.cat([to_voice / CONFIG.key_dim**0.5, scores], dim=2).softmax(2)
-        values = torch.cat([voice[..., of_values], frames[..., of_values]], dim=1)
-        results.append(weights @ values)
-    wanted = F.linear(torch.cat(results, dim=2), attention.project.weight, attention.project.bias)
-    assert torch.allclose(attention(frames, voice, None), wanted, atol=1e-12)
+        of_values = slice(head * 4, (head + 1) * 4)
+        queries = F.linear(normed, attention.queries.weight[of_keys], attention.queries.bias[of_keys])
+        keys = F.linear(other, attention.keys.weight[of_keys])
+        values = F.linear(other, attention.values.weight[of_values], attention.values.bias[of_values])
+        scores = torch.einsum("bqkc,btkc->bqt", queries, keys) / (7 * CONFIG.key_dim) ** 0.5
+        weights = scores.masked_fill(far, -torch.inf).softmax(2)
+        found[..., of_values] = torch.einsum("bqt,btkc->bqkc", weights, values)
+    return frames + F.linear(found, attention.project.weight, attention.project.bias)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_a_time_block_against_a_depthwise_convolution(causal: bool) -> None:
+    torch.manual_seed(0)
+    block = TimeBlock(replace(CONFIG, causal=causal, taps=5), dilation=2).double()
+    frames, film = noise(2, 11, 7, 8), noise(2, 1, 7, 16, seed=3)
+    normed = frames / (frames.square().mean(3, keepdim=True) + 1e-5).sqrt() * (1 + film[..., :8]) + film[..., 8:]
+    value, gate = F.linear(normed, block.expand.weight, block.expand.bias).chunk(2, dim=3)
+    inputs = (value * gate * gate.sigmoid()).permute(0, 2, 3, 1).reshape(14, 12, 11)
+    padded = F.pad(inputs, (8, 0) if causal else (4, 4))
+    convolved = F.conv1d(padded, block.taps.t()[:, None], dilation=2, groups=12)
+    hidden = convolved.reshape(2, 7, 12, 11).permute(0, 3, 1, 2)
+    wanted = frames + F.linear(hidden, block.project.weight, block.project.bias)
+    assert torch.allclose(block(frames, film, None), wanted, atol=1e-12)
 
 
 @torch.no_grad()
-def test_the_voice_is_picked_evenly_from_the_valid_frames() -> None:
-    """A network that joins nothing but the frame's number: three of ten frames, at 1/6, 3/6 and 5/6 of them."""
+def test_the_voice_is_the_mean_and_frames_picked_evenly() -> None:
+    """A network that gives the number of each frame: three of ten frames, at 1/6, 3/6 and 5/6 of them."""
     model = network()
     ref = noise(1, 9 * CONFIG.hop)
-    frames = model._compress(model._spectrum(ref)).shape[1]
-    assert frames == 10
+    assert model._spectrum(ref).shape[1] == 10
     numbers = torch.arange(10.0, dtype=torch.float64)[None, :, None, None].expand(1, 10, 7, 8)
-    model.full_blocks[0].forward = lambda inputs, voice, valid: inputs  # type: ignore[method-assign]
-    model.time_blocks[1].forward = lambda inputs, film, valid: numbers  # type: ignore[method-assign]
-    model.full_blocks[1].join = lambda inputs: inputs[:, :, 0, :1].expand(1, 10, CONFIG.features)  # type: ignore[method-assign]
-    voice = model._embed(ref, None)[0, model.classifier.in_features :].reshape(3, CONFIG.features)
-    assert voice[:, 0].tolist() == [1, 5, 8]
+    model.voice_feed.forward = lambda inputs: numbers  # type: ignore[method-assign]
+    model.voice_norm.forward = lambda inputs: 2 * inputs  # type: ignore[method-assign]
+    embedding = model._embed(ref, None).reshape(4, 7, 8)
+    assert (embedding[:, 2, 3] - torch.tensor([9, 1, 5, 8])).abs().max() < 1e-12
+    assert torch.equal(model.split_embedding(embedding.flatten()[None])[1][0], embedding[1:])
 
 
 def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +183,9 @@ def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.Monkey
     [
         ({"taps": 4}, "taps must be odd"),
         ({"bands": [[40, 4]]}, "cover 160 bins"),
-        ({"heads": 3}, "heads must divide"),
-        ({"attention_every": 7}, "attention_every must be at most blocks = 6"),
+        ({"heads": 5}, "heads must divide"),
+        ({"blocks": 1}, "blocks: input should be greater than or equal to 2"),
+        ({"causal": True}, "normalize_level must be false with causal"),
         ({"window_seconds": 0.0321}, "even number of samples"),
     ],
 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from onevoice.models.bandsplit import BandSplitConfig, BandSplitExtractor
+from onevoice.models.bandsplit import BandSplitExtractor
+from onevoice.models.bandsplit_blocks import BandSplitConfig
 from onevoice.models.base import Batch, Network, NetworkConfig, Prediction, to_network
 from onevoice.models.spexplus import SpExPlus, SpExPlusConfig
 
