@@ -45,7 +45,7 @@ DOORS = {
     "wandb": {"training.tracking"},
     "torch.utils.tensorboard": {"training.tracking"},
     "jinja2": {"report.page"},
-    "markupsafe": {"report", "training.report", "evaluation.report"},
+    "markupsafe": {"report", "training.report", "evaluation.report", "evaluation.weights"},
     "cyclopts": {"cli"},
 }
 """The modules that may import a foreign library."""

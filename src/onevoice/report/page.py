@@ -42,9 +42,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    """Return a table. Numbers are right-aligned, with four significant digits; None is an empty cell."""
+    """Return a table. Columns of numbers are right-aligned, with four significant digits; None is an empty cell."""
     cells = [[(_text(value), isinstance(value, int | float)) for value in row] for row in rows]
-    return render("table", title=title, columns=columns, rows=cells)
+    heads = [(name, any(row[number][1] for row in cells)) for number, name in enumerate(columns)]
+    return render("table", title=title, columns=heads, rows=cells)
 
 
 def settings_table(title: str, values: Mapping[str, Any], *, is_open: bool = False) -> Markup:
