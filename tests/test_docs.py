@@ -28,7 +28,7 @@ from onevoice.evaluation.demo import SAMPLES
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-OWN_TEST = {"add_a_network.md"}
+OWN_TEST = {"add_a_network.md", "serve.md"}
 """Pages with a test of their own."""
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONGEST_LINE = 120

@@ -12,7 +12,7 @@ from tiny import ROOT, process
 import onevoice
 
 SOURCE = ROOT / "src" / "onevoice"
-ROOMS = ("corpus", "mixing", "trials", "models", "report", "extraction", "evaluation", "training", "cli")
+ROOMS = ("corpus", "mixing", "trials", "models", "report", "extraction", "evaluation", "training", "server", "cli")
 
 
 def read_order() -> list[str]:
@@ -46,6 +46,11 @@ DOORS = {
     "torch.utils.tensorboard": {"training.tracking"},
     "jinja2": {"report.page"},
     "markupsafe": {"report", "training.report", "evaluation.report", "evaluation.weights"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "python_multipart": {"server"},
+    "prometheus_client": {"server"},
     "cyclopts": {"cli"},
 }
 """The modules that may import a foreign library."""
@@ -204,7 +209,7 @@ print(json.dumps([sorted(heavy), out.getvalue()]))
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "mix", "train", "eval", "extract", "demo", "info", "report", "compare", "average", "schema"]
+    "verb", ["", "mix", "train", "eval", "extract", "demo", "info", "serve", "report", "compare", "average", "schema"]
 )
 def test_help_is_there_at_once(verb: str) -> None:
     done = process(["-c", HELP, json.dumps([*verb.split(), "--help"])])

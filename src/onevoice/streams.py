@@ -51,6 +51,12 @@ FFMPEG_FORMATS = {
 }
 """Extensions (lower case) that ffmpeg writes, and its name for each format."""
 
+READABLE_BY_FFMPEG = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,ogg,"
+    "tta,w64,wav,wv"
+)
+"""The containers that ffmpeg may read: no playlists, which could name other files of this machine."""
+
 GET_FFMPEG = 'the ffmpeg program, which is not installed: pip install "onevoice[formats]", or apt install ffmpeg'
 
 
@@ -168,7 +174,8 @@ def _decode_with_ffmpeg(path: Path, name: str) -> Iterator[tuple[Process, Compla
     program = find_ffmpeg()
     if program is None:
         raise MissingDependencyError(f"{name}: needs {GET_FFMPEG}")
-    command = [program, "-v", "error", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0", "-vn"]
+    command = [program, "-v", "error", "-nostdin", "-protocol_whitelist", "file"]
+    command += ["-format_whitelist", READABLE_BY_FFMPEG, "-i", f"file:{path}", "-map", "0:a:0", "-vn"]
     command += ["-c:a", "pcm_f32be", "-f", "au", "-"]
     with _run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as (process, complaint):
         assert process.stdout is not None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cyclopts import App, CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, UnknownCommandError
 from cyclopts.exceptions import ArgumentOrderError, RepeatArgumentError, UnknownOptionError, UnusedCliTokensError
 
-from onevoice.cli import data, evaluation, reports, training, using, voices
+from onevoice.cli import data, evaluation, reports, serving, training, using, voices
 from onevoice.errors import OnevoiceError
 
 app = App(
@@ -27,6 +27,7 @@ app["--help"].group = app["--version"].group = Group("Options", sort_key=9)
 app.command(using.extract, group=using.GROUP)
 app.command(voices.enroll, group=using.GROUP)
 app.command(voices.voices, group=using.GROUP)
+app.command(serving.serve, group=using.GROUP)
 app.command(using.demo, group=using.GROUP)
 app.command(using.info, group=using.GROUP)
 app.command(using.convert, group=using.GROUP)

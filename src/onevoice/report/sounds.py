@@ -4,6 +4,7 @@ import base64
 import itertools
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -43,19 +44,45 @@ def power_db(samples: Mono, sample_rate: int) -> Float[np.ndarray, "rows columns
 
     The mean power of all frames in a column is shown, so that no sound between two columns is lost.
     """
+    return power_db_of([samples], len(samples), sample_rate)
+
+
+def power_db_of(blocks: Iterable[Mono], samples: int, sample_rate: int) -> Float[np.ndarray, "rows columns"]:
+    """Return what `power_db` returns for the whole of the blocks, of `samples` samples, column by column."""
     size = max(2 * ROWS, 2 * round(sample_rate * WINDOW_SECONDS / 2))
     hop = size // 4
-    padded = np.pad(samples.astype(np.float32), (size // 2, size // 2 + hop))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
-    columns = min(MAX_COLUMNS, len(frames))
-    edges = np.arange(columns + 1) * len(frames) // columns
+    padded = itertools.chain([np.zeros(size // 2, np.float32)], blocks, [np.zeros(size // 2 + hop, np.float32)])
+    count = 1 + (samples + hop) // hop
+    columns = min(MAX_COLUMNS, count)
+    edges = np.arange(columns + 1) * count // columns
     bands = np.arange(ROWS) * (size // 2) // ROWS
     window = np.hanning(size).astype(np.float32)
     power = np.empty((ROWS, columns), np.float32)
-    for column, (start, stop) in enumerate(itertools.pairwise(edges)):
-        spectrum = np.abs(np.fft.rfft(frames[start:stop] * window)) ** 2
+    bounds = ((start * hop, (stop - 1) * hop + size) for start, stop in itertools.pairwise(edges.tolist()))
+    for column, piece in enumerate(_cut(padded, bounds)):
+        frames = np.lib.stride_tricks.sliding_window_view(piece, size)[::hop]
+        spectrum = np.abs(np.fft.rfft(frames * window)) ** 2
         power[:, column] = np.add.reduceat(spectrum.mean(0)[: size // 2], bands)
     return np.asarray(10 * np.log10(power[::-1] + 1e-12))
+
+
+def envelope_of(blocks: Iterable[Mono], samples: int, columns: int) -> Float[np.ndarray, "2 _columns"]:
+    """Return the lowest and the highest sample of each column; fewer samples than columns are columns themselves."""
+    edges = np.arange(min(columns, samples) + 1) * samples // max(1, min(columns, samples))
+    pieces = _cut(iter(blocks), itertools.pairwise(edges.tolist()))
+    return np.array([(piece.min(), piece.max()) for piece in pieces], np.float32).reshape(-1, 2).T
+
+
+def _cut(blocks: Iterator[Mono], bounds: Iterable[tuple[int, int]]) -> Iterator[Mono]:
+    """Yield the samples between each pair of bounds; pairs may overlap, but must not go back."""
+    held, at = np.zeros(0, np.float32), 0
+    for first, last in bounds:
+        pieces, end = [held[first - at :]], at + len(held)
+        while end < last and (block := next(blocks, None)) is not None:
+            pieces.append(block[max(0, first - end) :].astype(np.float32))
+            end += len(block)
+        held, at = np.concatenate(pieces), first
+        yield held[: last - first]
 
 
 def spectrogram_uri(levels_db: Float[np.ndarray, "rows columns"], loudest_db: float) -> str:

@@ -1,0 +1,63 @@
+"""Toy recordings, and servers of a tiny network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from tiny import save_tiny
+from voices import Voice
+
+from onevoice.audio import write_audio
+from onevoice.extraction import vad
+from onevoice.extraction.extractor import Extractor, load
+from onevoice.server.app import create_app
+from onevoice.server.service import Service, open_service
+from onevoice.server.settings import Limits, Settings
+
+RATE = 8000
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory: pytest.TempPathFactory) -> Extractor:
+    return load(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of 2 s, whose first second is one person alone, an enrollment, and a stereo file."""
+    folder = tmp_path_factory.mktemp("sounds")
+    first, second = Voice.number(0).say(1, 2.0), Voice.number(1).say(0, 2.0)
+    second[:RATE] = 0
+    write_audio(folder / "mixture.wav", (first + second) / 2, RATE)
+    write_audio(folder / "enrollment.wav", Voice.number(0).say(9, 2.0), RATE)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_level() -> Iterator[None]:
+    """The level finds speech, as without silero-vad: toy voices are no speech to its network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vad, "package_file", lambda package, name: None)
+        yield
+
+
+LIMITS = Limits(max_bytes=2_000_000, max_seconds=20.0, max_channels=2)
+
+
+@pytest.fixture(scope="module")
+def service(extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    settings = Settings(tmp_path_factory.mktemp("data") / "voices", limits=LIMITS, max_queued=3)
+    with open_service(extractor, settings) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(create_app(service), base_url="http://localhost") as client:
+        yield client
+
+
+def noise(seconds: float) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * RATE)).astype(np.float32)

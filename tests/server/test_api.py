@@ -1,0 +1,189 @@
+"""The API as a client sees it: extractions, recordings, voices, files, progress."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from onevoice.audio import read_audio
+from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.recording import extract_file
+from onevoice.server.schemas import Extraction
+from onevoice.server.service import Service
+
+
+def files(sounds: Path, *fields: str) -> list[tuple[str, Any]]:
+    return [(field, (f"{field}.wav", (sounds / f"{field}.wav").read_bytes())) for field in fields]
+
+
+def extract(client: TestClient, sounds: Path, *fields: str, **texts: Any) -> dict[str, Any]:
+    answer = client.post("/v1/extractions", files=files(sounds, *fields) or None, data=texts)
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["location"] == f"/v1/extractions/{answer.json()['id']}"
+    return dict(answer.json())
+
+
+def upload(client: TestClient, sounds: Path) -> str:
+    answer = client.post("/v1/recordings", files={"recording": (sounds / "mixture.wav").read_bytes()})
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["id"])
+
+
+def download(client: TestClient, job: dict[str, Any], name: str, folder: Path) -> np.ndarray:
+    answer = client.get(job["result"]["files"][name])
+    assert answer.status_code == 200
+    (folder / name).write_bytes(answer.content)
+    return read_audio(folder / name)[0]
+
+
+def test_the_answer_is_what_the_command_writes(
+    client: TestClient, sounds: Path, extractor: Extractor, tmp_path: Path
+) -> None:
+    job = extract(client, sounds, "mixture", "enrollment", report="true")
+    mixture, enrollment = sounds / "mixture.wav", sounds / "enrollment.wav"
+    expected = extract_file(extractor, mixture, enrollment, tmp_path / "e.wav", tmp_path / "r.wav")
+    assert client.get(job["result"]["files"]["voice.wav"]).content == (tmp_path / "e.wav").read_bytes()
+    assert client.get(job["result"]["files"]["residual.wav"]).content == (tmp_path / "r.wav").read_bytes()
+    assert job["result"]["notes"] == [note.replace(f"{sounds}/", "") for note in expected.notes]
+    assert job["status"] == "done"
+    assert job["mixture"] == "mixture.wav"
+    assert (job["result"]["seconds"], job["result"]["sample_rate"]) == (2.0, 8000)
+    assert job["result"]["check_up"]["seconds"] == 2.0
+    page = client.get(job["result"]["files"]["report.html"])
+    assert "attachment" in page.headers["content-disposition"]
+    assert "<h1>" in page.text
+
+
+def test_the_copies_share_one_gain_and_add_up(client: TestClient, sounds: Path, tmp_path: Path) -> None:
+    job = extract(client, sounds, "mixture", "enrollment")
+    mixture, voice, residual = (
+        download(client, job, f"{name}.flac", tmp_path) for name in ("mixture", "voice", "residual")
+    )
+    gain = float(mixture @ read_audio(sounds / "mixture.wav")[0] / (mixture @ mixture))
+    np.testing.assert_allclose(gain * mixture, read_audio(sounds / "mixture.wav")[0], atol=2e-4)
+    np.testing.assert_allclose(voice + residual, mixture, atol=2e-4)
+    assert len(download(client, job, "voice.mp3", tmp_path)) == pytest.approx(16_000, abs=3000)
+    assert "report.html" not in job["result"]["files"]
+
+
+def test_ranges(client: TestClient, sounds: Path) -> None:
+    job = extract(client, sounds, "mixture", "enrollment")
+    place = job["result"]["files"]["voice.flac"]
+    whole = client.get(place).content
+    part = client.get(place, headers={"Range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, whole[10:20])
+    assert part.headers["content-range"] == f"bytes 10-19/{len(whole)}"
+    assert client.get(place, headers={"Range": f"bytes={len(whole)}-"}).status_code == 416
+
+
+def test_a_stretch_of_the_mixture_as_the_voice(
+    client: TestClient, sounds: Path, extractor: Extractor, tmp_path: Path
+) -> None:
+    job = extract(client, sounds, recording=upload(client, sounds), begin=0.1, end=0.9)
+    extract_file(extractor, sounds / "mixture.wav", f"{sounds / 'mixture.wav'}@0.1-0.9", tmp_path / "e.wav")
+    assert client.get(job["result"]["files"]["voice.wav"]).content == (tmp_path / "e.wav").read_bytes()
+
+
+def test_a_person_found_in_the_mixture(client: TestClient, sounds: Path) -> None:
+    number = upload(client, sounds)
+    people = client.get(f"/v1/recordings/{number}/voices").json()
+    assert [person["number"] for person in people] == list(range(1, len(people) + 1))
+    assert extract(client, sounds, recording=number, person=1)["status"] == "done"
+
+
+def test_several_enrollments_and_a_muted_rest(client: TestClient, sounds: Path) -> None:
+    answer = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment", "enrollment"))
+    assert answer.status_code == 201
+    muted = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment"), data={"absent": "mute"})
+    assert muted.status_code == 422  # these weights cannot tell where the voice is absent
+    assert "do not tell" in muted.json()["detail"]
+
+
+def test_a_job_that_is_followed(client: TestClient, sounds: Path) -> None:
+    answer = client.post("/v1/extractions?wait=0", files=files(sounds, "mixture", "enrollment"))
+    assert answer.status_code == 202
+    place = answer.headers["location"]
+    events = [line for line in client.get(f"{place}/events").text.splitlines() if line]
+    assert events[0::2] == ["event: state"] * (len(events) // 2)
+    states = [Extraction.model_validate_json(line.removeprefix("data: ")) for line in events[1::2]]
+    assert states[-1].status == "done"
+    assert [each.progress for each in states] == sorted(each.progress for each in states)
+    assert client.get(place).json() == json.loads(events[-1].removeprefix("data: "))
+    assert client.delete(place).status_code == 204
+    assert [client.request(way, place).status_code for way in ("GET", "DELETE")] == [404, 404]
+
+
+def test_a_job_that_fails_says_why(client: TestClient, sounds: Path, tmp_path: Path, service: Service) -> None:
+    before = sorted(service.folder.rglob("*"))
+    silent = (sounds / "mixture.wav").read_bytes()[:44] + bytes(32_000)
+    answer = client.post("/v1/extractions", files=[("mixture", ("a b.wav", silent)), *files(sounds, "enrollment")])
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "a b.wav: is silent (all samples are 0); give a recording of speech"
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert sorted(service.folder.rglob("*")) == before
+    later = client.post(
+        "/v1/extractions?wait=0", files=[("mixture", ("a b.wav", silent)), *files(sounds, "enrollment")]
+    )
+    assert client.get(f"{later.headers['location']}/events").status_code == 200
+    failed = client.get(later.headers["location"]).json()
+    assert (failed["status"], failed["problem"]["type"]) == ("failed", "urn:onevoice:problem:audio")
+    assert client.get(f"{later.headers['location']}/overview").status_code == 409
+
+
+def test_a_recording_at_a_glance(client: TestClient, sounds: Path) -> None:
+    number = upload(client, sounds)
+    described = client.get(f"/v1/recordings/{number}").json()
+    assert (described["seconds"], described["sample_rate"], described["channels"]) == (2.0, 8000, 1)
+    overview = client.get(f"/v1/recordings/{number}/overview").json()
+    picture = overview["pictures"]["mixture"]
+    assert max(np.abs([picture["low"], picture["high"]]).ravel()) == 1.0
+    assert picture["spectrogram"].startswith("data:image/png;base64,")
+    copy = client.get(f"/v1/recordings/{number}/audio")
+    assert (copy.headers["content-type"], copy.content[:4]) == ("audio/flac", b"fLaC")
+    job = extract(client, sounds, "enrollment", recording=number)
+    assert client.delete(f"/v1/recordings/{number}").status_code == 204
+    assert client.get(f"/v1/recordings/{number}").status_code == 404
+    assert client.get(job["result"]["files"]["mixture.flac"]).status_code == 200
+    overview = client.get(f"/v1/extractions/{job['id']}/overview").json()
+    assert list(overview["pictures"]) == ["mixture", "voice", "residual"]
+
+
+def test_voices_are_kept_only_when_asked(client: TestClient, sounds: Path, service: Service) -> None:
+    folder = service.settings.voices
+    job = extract(client, sounds, "mixture", "enrollment")
+    assert not folder.exists()
+    assert client.get("/v1/voices").json() == []
+    answer = client.post("/v1/voices", data={"name": "Ann ../../x", "extraction": job["id"]})
+    assert answer.status_code == 201
+    saved = answer.json()
+    assert (saved["name"], saved["fits"], saved["check_up"]["seconds"]) == ("Ann ../../x", True, 2.0)
+    (path,) = folder.iterdir()
+    assert (path.name, path.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (
+        f"{saved['id']}.voice", 0o600, 0o700,
+    )  # fmt: skip
+    assert b"enrollment.wav" not in path.read_bytes()
+    other = client.post("/v1/voices", data={"name": "Bob"}, files=files(sounds, "enrollment")).json()
+    assert [voice["name"] for voice in client.get("/v1/voices").json()] == ["Ann ../../x", "Bob"]
+    assert client.get(f"/v1/voices/{saved['id']}").json() == saved
+    again = extract(client, sounds, "mixture", voice=other["id"])
+    assert client.get(again["result"]["files"]["voice.wav"]).content == (
+        client.get(job["result"]["files"]["voice.wav"]).content
+    )
+    assert [client.delete(f"/v1/voices/{saved['id']}").status_code for _ in range(2)] == [204, 404]
+    assert client.delete(f"/v1/voices/{other['id']}").status_code == 204
+    assert list(folder.iterdir()) == []
+
+
+def test_health_limits_samples_and_metrics(client: TestClient, sounds: Path) -> None:
+    assert client.get("/healthz").json()["status"] == "ok"
+    assert client.get("/v1/server").json()["max_seconds"] == 20.0
+    assert client.get("/v1/samples/mixture.flac").content[:4] == b"fLaC"
+    assert client.get("/v1/samples/README.md").status_code == 422
+    extract(client, sounds, "mixture", "enrollment")
+    text = client.get("/metrics").text
+    assert 'onevoice_requests_total{method="GET",route="/healthz",status="200"}' in text
+    done = [line for line in text.splitlines() if line.startswith('onevoice_extractions_total{outcome="done"}')]
+    assert float(done[0].split()[-1]) >= 1
