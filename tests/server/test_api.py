@@ -119,14 +119,13 @@ def test_a_job_that_is_followed(client: TestClient, sounds: Path) -> None:
 def test_a_job_that_fails_says_why(client: TestClient, sounds: Path, tmp_path: Path, service: Service) -> None:
     before = sorted(service.folder.rglob("*"))
     silent = (sounds / "mixture.wav").read_bytes()[:44] + bytes(32_000)
-    answer = client.post("/v1/extractions", files=[("mixture", ("a b.wav", silent)), *files(sounds, "enrollment")])
+    order = [("enrollment", ("a b.wav", silent)), *files(sounds, "mixture")]
+    answer = client.post("/v1/extractions", files=order)
     assert answer.status_code == 422
     assert answer.json()["detail"] == "a b.wav: is silent (all samples are 0); give a recording of speech"
     assert answer.headers["content-type"] == "application/problem+json"
     assert sorted(service.folder.rglob("*")) == before
-    later = client.post(
-        "/v1/extractions?wait=0", files=[("mixture", ("a b.wav", silent)), *files(sounds, "enrollment")]
-    )
+    later = client.post("/v1/extractions?wait=0", files=order)
     assert client.get(f"{later.headers['location']}/events").status_code == 200
     failed = client.get(later.headers["location"]).json()
     assert (failed["status"], failed["problem"]["type"]) == ("failed", "urn:onevoice:problem:audio")
