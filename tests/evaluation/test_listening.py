@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from voices import Voice
+from tiny import command
+from voices import Voice, make_trials
 
 from onevoice.errors import ConfigError, CorpusError, MissingDependencyError
 from onevoice.evaluation import listening
 from onevoice.evaluation.listening import Heard, make_listener, normalize_text, pool_word_errors, read_texts
+from onevoice.evaluation.results import read_result
+from onevoice.trials.reading import find_trials
 
 
 def heard(estimate_share: float = 1.0, name: str = "a", seconds: float = 2.0) -> Heard:
@@ -194,3 +197,30 @@ def test_everything_is_checked_before_any_work(
         make_listener(["dnsmos"], None, None, [], 16000)
     with pytest.raises(MissingDependencyError, match=r"onevoice\[asr\]"):
         listening._load_jiwer()
+
+
+def test_an_evaluation_listens(recognizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both commands pass everything on; the stand-in understands nothing of the toy voices but "hello"."""
+    trials = make_trials(tmp_path / "trials", 3, sample_rate=16000)
+    names = [trial.name for trial in find_trials(trials)]
+    (tmp_path / "texts.csv").write_text(f"trial,text\n{names[0]},hello there\n{names[1]},hello\n")
+    (tmp_path / "stand_in.py").write_text("def transcribe(samples, sample_rate):\n    return 'hello'\n")
+    arguments = ("-t", trials, "-j", 1, "--metrics", "si_sdr", "--listen", "similarity")
+    words = ("--asr", recognizer, "--texts", tmp_path / "texts.csv")
+    done = command(capsys, "eval", "--baseline", "mixture", *arguments, *words, "-o", tmp_path / "r.json",
+                   "--save-estimates", tmp_path / "estimates")  # fmt: skip
+    assert done.status == 0, done.err
+    assert "words    33.3 % errors; 33.3 % in the mixture, 33.3 % in the target" in done.out
+    result = read_result(tmp_path / "r.json")
+    assert [row.more["wer"] for row in result.rows] == [0.5, 0.0, None]
+    for row in result.rows:
+        assert row.more["similarity"] == pytest.approx(row.more["similarity_mixture"], abs=1e-6)
+    assert result.summary["word_error_rates"]["wer"] == pytest.approx(1 / 3)
+    assert result.summary["provenance"]["listening"]["encoder"] == "spexplus-small-16k-v1"
+    assert result.summary["saved_estimates"] == str(tmp_path / "estimates")
+    again = command(capsys, "score", tmp_path / "estimates", trials, *arguments[2:], "-o", tmp_path / "s.json")
+    assert again.status == 0, again.err
+    for one, other in zip(result.rows, read_result(tmp_path / "s.json").rows, strict=True):
+        assert other.more == {name: value for name, value in one.more.items() if "similarity" in name}
+    done = command(capsys, "eval", "--baseline", "mixture", *arguments[:-1], "loudness")
+    assert (done.status, done.err.count("\n")) == (2, 1)

@@ -15,6 +15,7 @@ GROUP = Group("Measure", sort_key=1.5)
 Jobs = Annotated[int | None, Parameter(name=["--jobs", "--j", "-j"])]
 Output = Annotated[Path | None, Parameter(name=["--output", "--o", "-o"])]
 MetricNames = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+Listen = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 
 def eval_(
@@ -32,6 +33,9 @@ def eval_(
     limit: int | None = None,
     metrics: MetricNames = None,
     genders: Path | None = None,
+    listen: Listen = None,
+    asr: str | None = None,
+    texts: Path | None = None,
     sample_rate: int | None = None,
     device: Annotated[str | None, Parameter(name=["--device", "-d"])] = None,
 ) -> None:
@@ -55,6 +59,11 @@ def eval_(
         limit: Use only the first trials, by name.
         metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
         genders: A CSV or JSONL table with the columns speaker and gender (F or M), to group trials by.
+        listen: What else listens: similarity, whether the estimate sounds like the enrollment or like the interferer;
+            dnsmos, how clean it sounds without a reference (needs onevoice[dnsmos]).
+        asr: A recognizer as MODULE:NAME, a function (samples, sample rate) -> text, for word error rates (needs
+            onevoice[asr] and --texts); modules in the current folder are found.
+        texts: A CSV or JSONL table with the columns trial and text: what is said in each trial.
         sample_rate: For a baseline: the rate in Hz to score at, by default that of the trials.
         device: Where to run the network: cpu, cuda, cuda:1, mps or the number of a GPU; auto takes the fastest one
             available.
@@ -71,8 +80,9 @@ def eval_(
     if sample_rate is not None and baseline is None:
         raise ConfigError("--sample-rate: belongs to --baseline; a network is scored at its own rate")
     settings = _settings(
-        config, folder, genders, batch_size=batch_size, jobs=jobs, limit=limit, metrics=metrics, device=device
-    )
+        config, folder, batch_size=batch_size, jobs=jobs, limit=limit, metrics=metrics, device=device, genders=genders,
+        listen=listen, asr=asr, texts=texts,
+    )  # fmt: skip
     _check_output(output, settings)
     if checkpoint is None:
         assert baseline is not None, "one of them is set"
@@ -97,6 +107,9 @@ def score(
     limit: int | None = None,
     metrics: MetricNames = None,
     genders: Path | None = None,
+    listen: Listen = None,
+    asr: str | None = None,
+    texts: Path | None = None,
     sample_rate: int | None = None,
 ) -> None:
     """Score the estimates of any other program: onevoice score ESTIMATES TRIALS.
@@ -111,12 +124,17 @@ def score(
         limit: Use only the first trials, by name.
         metrics: Any of si_sdr, si_sdr_improvement, sdr, pesq, stoi, estoi.
         genders: A CSV or JSONL table with the columns speaker and gender (F or M), to group trials by.
+        listen: What else listens, as for eval: similarity, dnsmos.
+        asr: A recognizer as MODULE:NAME, for word error rates, as for eval.
+        texts: A CSV or JSONL table with the columns trial and text: what is said in each trial.
         sample_rate: The rate in Hz to score at, which the estimates must have; by default that of the trials.
     """
     from onevoice.evaluation.estimates import open_estimates
     from onevoice.trials import place_of
 
-    settings = _settings(config, trials, genders, jobs=jobs, limit=limit, metrics=metrics)
+    settings = _settings(
+        config, trials, jobs=jobs, limit=limit, metrics=metrics, genders=genders, listen=listen, asr=asr, texts=texts
+    )
     _check_output(output, settings)
     found = open_estimates(estimates, settings.trials, sample_rate)
     about = {"estimates": str(estimates)}
@@ -124,16 +142,19 @@ def score(
     _judge(found.estimator, settings, title, output, None, about, {**about, "files_hash": found.files_hash})
 
 
-def _settings(config: Path | None, folder: Path | None, genders: Path | None, **options: Any) -> Any:
+def _settings(config: Path | None, folder: Path | None, **options: Any) -> Any:
     """Return the settings of an evaluation: those of a config, overridden by options that are not None."""
     from onevoice.config import from_dict, to_dict
     from onevoice.evaluation.run import EvaluationConfig
 
     settings = EvaluationConfig() if config is None else load_eval_config(config)
-    places = {"folder": None if folder is None else str(folder), "genders": None if genders is None else str(genders)}
     if "device" in options:
         options["device"] = visible_device(options["device"])
-    chosen = {key: value for key, value in {**places, **options}.items() if value is not None}
+    chosen = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in {"folder": folder, **options}.items()
+        if value is not None
+    }
     if folder is not None:
         chosen["data"] = None
     settings = from_dict(EvaluationConfig, {**to_dict(settings), **chosen}, name="options")
@@ -168,6 +189,7 @@ def _judge(
     from onevoice.evaluation.provenance import describe_recipe, describe_software
     from onevoice.evaluation.run import Keeping, judge, require_rate
     from onevoice.evaluation.summary import format_report, save_report
+    from onevoice.extraction.discovery import ENCODER
     from onevoice.trials import to_record
 
     require_rate(settings.metrics, estimator.sample_rate)
@@ -181,7 +203,11 @@ def _judge(
             "batch_size": settings.batch_size,
             "software": describe_software(),
         }
-        asked = {"data": to_record(settings.trials), "metrics": settings.metrics, "genders": settings.genders}
+        listening = {name: getattr(settings, name) for name in ("listen", "asr", "texts") if getattr(settings, name)}
+        if listening:
+            provenance["listening"] = {**listening, "encoder": ENCODER}
+        chosen = ("metrics", "genders")
+        asked = {"data": to_record(settings.trials), **{name: getattr(settings, name) for name in chosen}}
         estimates = None if save_estimates is None else str(save_estimates)
         journal = Journal(output, {**provenance, **asked, "save_estimates": estimates})
     report = judge(estimator, settings, keeping=Keeping(journal, save_estimates))
@@ -190,7 +216,8 @@ def _judge(
     print(title)
     print(format_report(report))
     if output is not None and journal is not None:
-        about = {**about, "data": to_record(settings.trials), "provenance": provenance}
+        saved = {} if save_estimates is None else {"saved_estimates": str(save_estimates)}
+        about = {**about, **saved, "data": to_record(settings.trials), "provenance": provenance}
         rows = save_report(report, output, about)
         journal.remove()
         print(f"written: {output.with_suffix('.json')}, {rows}")

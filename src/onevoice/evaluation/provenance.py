@@ -12,7 +12,18 @@ from onevoice.extraction.extractor import Extractor
 from onevoice.mixing.folder import SETTINGS
 from onevoice.trials import FolderTrials, TrialsConfig, to_record
 
-PACKAGES = ("pesq", "pystoi", "fast-bss-eval", "numpy", "scipy", "soxr", "soundfile")
+PACKAGES = (
+    "pesq",
+    "pystoi",
+    "fast-bss-eval",
+    "numpy",
+    "scipy",
+    "soxr",
+    "soundfile",
+    "speechmos",
+    "onnxruntime",
+    "jiwer",
+)
 """The packages that compute metrics or change the audio."""
 CUT_SEED = 0
 """The seed of the parts that `segment_seconds` and `enrollment_seconds` cut out."""

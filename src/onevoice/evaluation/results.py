@@ -28,8 +28,9 @@ The rows have these columns, in this order. Empty means that there is no value, 
 The summary is one JSON object with these keys:
 
     trials, target_present, target_absent, failure_rate, failure_threshold_db, confusion_rate,
-    attenuation_db, refusals, left_out, notes, metrics, mixture, groups, speed, trials_hash, data, provenance,
-    rows_file, rows_hash, and one of checkpoint (with facts), baseline and estimates: what was judged
+    attenuation_db, refusals, left_out, notes, metrics, mixture, groups, word_error_rates, speed, trials_hash,
+    data, provenance, rows_file, rows_hash, saved_estimates (the folder), and one of checkpoint (with facts), baseline
+    and estimates: what was judged
 
 `metrics` and `mixture` map a column to `{count, missing, mean, median, percentile_5, interval_95}`. `groups` maps
 `gender_pair`, `input_snr_db`, `enrollment_seconds` and `corpus` to groups, each with `trials`, `failure_rate`,

@@ -31,6 +31,7 @@ from onevoice.errors import AudioError, ConfigError, MissingDependencyError
 from onevoice.evaluation.baselines import BaselineName, estimate_baseline
 from onevoice.evaluation.facts import trial_facts
 from onevoice.evaluation.journal import Journal
+from onevoice.evaluation.listening import Heard, Kind, Listener, make_listener
 from onevoice.evaluation.metrics import MetricName
 from onevoice.evaluation.scoring import EstimatedTrial, TrialFacts, score_trial
 from onevoice.evaluation.summary import Report, make_report
@@ -61,6 +62,12 @@ class EvaluationConfig:
     """The metrics to compute."""
     genders: Location | None = None
     """A CSV or JSONL table with the columns `speaker` and `gender` (F or M), to group trials by; null for none."""
+    listen: tuple[Kind, ...] = ()
+    """What else listens: `similarity` of the voices by a speaker encoder, and `dnsmos`, quality without a reference."""
+    asr: str | None = None
+    """A recognizer as MODULE:NAME, for word error rates; null for none."""
+    texts: Location | None = None
+    """What is said in each trial: a CSV or JSONL table with the columns `trial` and `text`; needed for `asr`."""
     device: str = "auto"
     """Where the network runs: cpu, cuda, …; auto takes the best available device."""
     model: ModelConfig | None = None
@@ -153,7 +160,11 @@ def judge(
     facts = trial_facts(chosen, trials, None if config.genders is None else Path(config.genders))
     jobs = min(config.jobs or os.cpu_count() or 1, len(trials))
     data = TrialDataset(trials, rate, (), chosen.segment_seconds, chosen.enrollment_seconds)
-    estimates = _estimates(estimator, data, facts, config.batch_size, len(rows), keeping.estimates_folder)
+    listener = None
+    if config.listen or config.asr or config.texts:
+        names = [trial.name for trial in trials]
+        listener = make_listener(config.listen, config.asr, config.texts, names, rate)
+    estimates = _estimates(estimator, data, facts, config.batch_size, len(rows), keeping.estimates_folder, listener)
     make_score = functools.partial(functools.partial, score_trial, sample_rate=rate, names=config.metrics)
     with (
         contextlib.closing(ordered_map(make_score, estimates, jobs)) as scores,
@@ -177,6 +188,7 @@ def _estimates(
     batch_size: int,
     done: int,
     folder: Path | None,
+    listener: Listener | None,
 ) -> Iterator[EstimatedTrial]:
     """Yield the trials in order, each with its estimate, without the first `done`.
 
@@ -196,15 +208,19 @@ def _estimates(
                 continue
             if folder is not None:
                 _save(folder / f"{name}.wav", estimate, data.sample_rate)
+            target, mixture = (batch["target"][row, :length].numpy(), batch["audio"][row, :length].numpy())
+            enrollment = batch["ref"][row, : int(batch["ref_length"][row])].numpy()
+            heard = Heard(name, estimate, target, mixture, enrollment, data.sample_rate)
             yield EstimatedTrial(
                 name,
                 estimate,
-                batch["target"][row, :length].numpy(),
-                batch["audio"][row, :length].numpy(),
+                target,
+                mixture,
                 facts[index - 1],
-                int(batch["ref_length"][row]) / data.sample_rate,
+                len(enrollment) / data.sample_rate,
                 _hash_audio(batch, row, data.sample_rate),
                 round(seconds * length / sum(lengths), 6) if estimator.is_timed else None,
+                None if listener is None else listener(heard),
             )
 
 

@@ -61,8 +61,9 @@ def open_sounds(result: Result, device: str = "auto") -> Callable[[str], Sounds]
 
 def _estimator(result: Result, rate: int, device: str) -> Callable[[Item], Mono]:
     summary = result.summary
-    if summary.get("estimates"):
-        folder = Path(summary["estimates"])
+    saved = summary.get("estimates") or summary.get("saved_estimates")
+    if saved:
+        folder = Path(saved)
 
         def read(item: Item) -> Mono:
             paths = [folder / f"{item.name}{suffix}" for suffix in (".wav", ".flac")]

@@ -4,7 +4,7 @@ This module does not import torch, so that a worker process starts fast and stay
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from onevoice.errors import AudioError, MetricError
 from onevoice.evaluation.metrics import (
@@ -41,6 +41,8 @@ class EstimatedTrial(NamedTuple):
     enrollment_seconds: float | None = None
     audio_hash: str | None = None
     network_seconds: float | None = None
+    more: dict[str, float | None] | None = None
+    """Other numbers of the estimate, by the name of their column."""
 
 
 def score_trial(trial: EstimatedTrial, sample_rate: int, names: Sequence[MetricName]) -> TrialRow:
@@ -49,11 +51,12 @@ def score_trial(trial: EstimatedTrial, sample_rate: int, names: Sequence[MetricN
     Worker processes run this: arguments and result can be pickled. Raises `AudioError`, naming the trial, for signals
     that cannot be judged.
     """
-    known = {
+    known: dict[str, Any] = {
         **trial.facts._asdict(),
         "enrollment_seconds": trial.enrollment_seconds,
         "audio_hash": trial.audio_hash,
         "network_seconds": trial.network_seconds,
+        "more": trial.more or {},
     }
     seconds = len(trial.target) / sample_rate
     try:

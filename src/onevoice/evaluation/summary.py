@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onevoice.evaluation.listening import pool_word_errors
 from onevoice.evaluation.metrics import IN_DB, TITLES, MetricName
 from onevoice.evaluation.results import TrialRow, hash_trials, to_csv, write_result
 from onevoice.evaluation.statistics import (
@@ -63,6 +64,11 @@ class Report:
         spent, length = sum(t.network_seconds or 0.0 for t in timed), sum(t.seconds for t in timed)
         return {"network_seconds": spent, "sound_seconds": length, "real_time_factor": spent / length}
 
+    def word_error_rates(self) -> dict[str, float | None] | None:
+        """Return the word error rates of estimates, mixtures and targets over all words; None without a recognizer."""
+        heard = [trial.more for trial in self.trials if "words" in trial.more]
+        return (pool_word_errors(heard) or None) if heard else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the rows as JSON values."""
         mixture = dict.fromkeys(name for trial in self.present for name in trial.mixture)
@@ -82,6 +88,7 @@ class Report:
             "metrics": {**summarize_rows(self.present)["metrics"], **chosen},
             "mixture": before,
             "groups": summarize_groups(self.present),
+            "word_error_rates": self.word_error_rates(),
             "speed": self.speed(),
             "trials_hash": hash_trials(self.trials),
         }
@@ -127,6 +134,7 @@ def format_report(report: Report) -> str:
     if report.absent:
         s = summarize([trial.attenuation_db for trial in report.absent])
         lines.append(f"target absent: {s.count} trials, attenuation mean {s.mean:.2f} dB, median {s.median:.2f} dB")
+    lines += _lines_of_listening(report)
     lines.append(f"trials   {len(report.present)} with the target, {len(report.absent)} without")
     if report.left_out:
         lines.append(f"skipped  {len(report.left_out)} trials that are missing or damaged, first {report.left_out[0]}")
@@ -136,3 +144,18 @@ def format_report(report: Report) -> str:
     lines += [f"note     {note}" for note in report.notes]
     lines += [f"refused  {count} × {reason}" for reason, count in report.refusals().items()]
     return "\n".join(lines)
+
+
+def _lines_of_listening(report: Report) -> list[str]:
+    """Return a line for each number that came from listening, and one for the word errors."""
+    columns = dict.fromkeys(column for trial in report.trials for column in trial.more)
+    lines = []
+    for column in columns:
+        mean = summarize([trial.more.get(column) for trial in report.present]).mean
+        if mean is not None and "wer" not in column and column != "words":
+            lines.append(f"{column} mean {mean:.3f}")
+    rates = report.word_error_rates()
+    if rates is not None:
+        mixture, estimate, target = (100 * (rates[name] or 0) for name in ("mixture_wer", "wer", "target_wer"))
+        lines.append(f"words    {estimate:.1f} % errors; {mixture:.1f} % in the mixture, {target:.1f} % in the target")
+    return lines
