@@ -83,14 +83,13 @@ def interferer_improvement(estimate: Signal, mixture: Signal, target: Signal) ->
     in it (60 dB SI-SDR or more).
     """
     mixture, target = _checked(mixture, target)
-    before = si_sdr(mixture, target)
-    if before >= MAX_INPUT_DB:
-        raise MetricError(f"the mixture holds nothing but the target ({before:.0f} dB SI-SDR)")
     if is_silent(mixture):
-        raise MetricError("the mixture is silent")
-    unit = _unit(target)
-    centered = mixture - mixture.mean()
-    rest = centered - float(centered @ unit) * unit
+        raise MetricError("the mixture is silent, so it holds no interferer")
+    unit, centered = _unit(target), mixture - mixture.mean()
+    wanted = float(centered @ unit) * unit
+    rest = centered - wanted
+    if _ratio_db(wanted, rest) >= MAX_INPUT_DB:
+        raise MetricError("the mixture holds nothing but the target, so there is no interferer")
     return si_sdr(estimate, rest) - si_sdr(mixture, rest)
 
 

@@ -15,7 +15,6 @@ from onevoice.evaluation.metrics import (
     interferer_improvement,
     is_silent,
     si_sdr,
-    si_sdr_improvement,
 )
 from onevoice.evaluation.results import IMPROVEMENT, TrialRow
 
@@ -63,9 +62,15 @@ def score_trial(trial: EstimatedTrial, sample_rate: int, names: Sequence[MetricN
         if is_silent(trial.target):
             return TrialRow(trial.name, seconds, {}, {}, attenuation_db(trial.mixture, trial.estimate), **known)
         values, refusals = compute_metrics(trial.estimate, trial.target, trial.mixture, sample_rate, names)
+        input_snr_db = si_sdr(trial.mixture, trial.target)
         own = [name for name in names if not name.endswith(IMPROVEMENT)]
-        mixture, _ = compute_metrics(trial.mixture, trial.target, trial.mixture, sample_rate, own)
-        toward_interferer, confused = _confusion(trial)
+        others = [name for name in own if name != "si_sdr"]
+        mixture, _ = compute_metrics(trial.mixture, trial.target, trial.mixture, sample_rate, others)
+        mixture = {name: input_snr_db if name == "si_sdr" else mixture[name] for name in own}
+        toward_target = values.get("si_sdr_improvement")
+        if toward_target is None:
+            toward_target = si_sdr(trial.estimate, trial.target) - input_snr_db
+        toward_interferer = _toward_interferer(trial)
     except AudioError as error:
         raise AudioError(f"trial {trial.name}: {error}") from error
     return TrialRow(
@@ -74,18 +79,16 @@ def score_trial(trial: EstimatedTrial, sample_rate: int, names: Sequence[MetricN
         values,
         refusals,
         mixture=mixture,
-        input_snr_db=si_sdr(trial.mixture, trial.target),
+        input_snr_db=input_snr_db,
         interferer_improvement_db=toward_interferer,
-        confused=confused,
+        confused=None if toward_interferer is None else toward_interferer > max(toward_target, 0.0),
         **known,
     )
 
 
-def _confusion(trial: EstimatedTrial) -> tuple[float | None, bool | None]:
-    """Return the improvement toward the interferer, and whether it is above 0 and above that toward the target."""
+def _toward_interferer(trial: EstimatedTrial) -> float | None:
+    """Return the improvement toward the interferer; None if the mixture has none."""
     try:
-        toward_interferer = interferer_improvement(trial.estimate, trial.mixture, trial.target)
+        return interferer_improvement(trial.estimate, trial.mixture, trial.target)
     except MetricError:
-        return None, None
-    toward_target = si_sdr_improvement(trial.estimate, trial.mixture, trial.target)
-    return toward_interferer, toward_interferer > max(toward_target, 0.0)
+        return None
