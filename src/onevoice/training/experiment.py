@@ -84,6 +84,25 @@ class AdamConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class MuonConfig:
+    """Muon for the matrices of linear layers, AdamW for all other weights; needs torch 2.9."""
+
+    name: Literal["muon"] = "muon"
+    """The optimizer: Muon orthogonalizes the update of each matrix."""
+    learning_rate: PositiveFloat = 1e-3
+    """The learning rate of both; updates of matrices are scaled to the usual size of AdamW's (arXiv 2502.16982)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """The weight decay of both."""
+    momentum: OpenFraction = 0.95
+    """Decay per step of Muon's running mean of the gradient."""
+    betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.999)
+    """Decay per step of AdamW's running means of the gradient and of its square."""
+
+
+OptimizerConfig = Annotated[AdamConfig | MuonConfig, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, config=STRICT)
 class OneCycleConfig:
     """One rise to `max_learning_rate` and one cosine fall over the whole training (torch's OneCycleLR)."""
 
@@ -203,7 +222,7 @@ class Experiment:
     """The network."""
     loss: MultiLoss = MultiLoss()
     """The training loss."""
-    optimizer: AdamConfig = AdamConfig()
+    optimizer: OptimizerConfig = AdamConfig()
     """The optimizer."""
     scheduler: SchedulerConfig = OneCycleConfig()
     """The schedule of the learning rate."""

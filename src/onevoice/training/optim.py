@@ -4,24 +4,76 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from onevoice.errors import CheckpointError
+from onevoice.errors import CheckpointError, ConfigError
 from onevoice.extraction.checkpoint import Card, State, load_checkpoint, provenance
 from onevoice.models import Network
-from onevoice.training.experiment import AdamConfig, OneCycleConfig, PlateauConfig, SchedulerConfig, StableConfig
+from onevoice.training.experiment import (
+    MuonConfig,
+    OneCycleConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    SchedulerConfig,
+    StableConfig,
+)
 
 Scheduler = LRScheduler | ReduceLROnPlateau | None
 
 
-def build_optimizer(model: Network, config: AdamConfig) -> Optimizer:
-    """Return the optimizer over all parameters of `model`.
+def build_optimizer(model: Network, config: OptimizerConfig) -> Optimizer:
+    """Return the optimizer over all parameters of `model`. Raises `ConfigError` if this torch does not have it.
 
-    It is the fused version: one kernel, which changes nothing if its `found_inf` is 1, so the device can skip a step.
+    Adam is the fused version: one kernel, which changes nothing if its `found_inf` is 1, so the device can skip a step.
     """
+    if isinstance(config, MuonConfig):
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(f"optimizer.name: muon needs torch 2.9 or newer, and this is {torch.__version__}")
+        return MuonAndAdamW(model, config)
     kind: type[Adam] = {"adam": Adam, "adamw": AdamW}[config.name]
     return kind(model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for the weights of linear layers but the classifier, AdamW for the rest; one optimizer to the outside."""
+
+    found_inf: Tensor | None = None
+    """Set by the training step: 1 makes the next step do nothing. On a GPU, Muon waits for it."""
+
+    def __init__(self, model: Network, config: MuonConfig) -> None:
+        named = dict(model.named_parameters())
+        matrices = {
+            name for name, weight in named.items()
+            if weight.ndim == 2 and name.endswith(".weight") and not name.startswith("classifier.")
+        }  # fmt: skip
+        rate, decay = config.learning_rate, config.weight_decay
+        muon = torch.optim.Muon(
+            [weight for name, weight in named.items() if name in matrices],
+            rate, decay, config.momentum, adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        rest = [weight for name, weight in named.items() if name not in matrices]
+        self.parts = (muon, AdamW(rest, rate, config.betas, weight_decay=decay, fused=True))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._connect()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step, or none if `found_inf` is 1."""
+        if self.found_inf is None or not self.found_inf:
+            for part in self.parts:
+                part.step()  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        super().load_state_dict(state_dict)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Let both parts read and write the groups and the state of the whole."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
 
 
 def build_scheduler(optimizer: Optimizer, config: SchedulerConfig, total_steps: int) -> Scheduler:
