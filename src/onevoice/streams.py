@@ -218,6 +218,7 @@ def _run(command: Sequence[str], *, stdin: int, stdout: int) -> Iterator[tuple[P
 
 
 Write = Callable[[Block], None]
+FileKey = tuple[str, str]
 
 
 def check_outputs(
@@ -231,31 +232,42 @@ def check_outputs(
     Links and other spellings of a path count as the same file. An existing file needs `force`. Raises `ConfigError`,
     `AudioError` for an unknown extension, and `StorageError`.
     """
-    seen: list[Path] = []
-    given = [path for path in map(Path, inputs) if str(path) != PIPE]
+    given: dict[FileKey, Path] = {}
+    seen: set[FileKey] = set()
+    for path in map(Path, inputs):
+        if str(path) != PIPE:
+            given |= dict.fromkeys(_same_file_keys(path)[0], path)
     sounds = [_as_path(output) for output in outputs if output is not None and str(output) != PIPE]
     for path in sounds:
         _require_writable_format(path)
     for path in [*sounds, *(_as_path(text) for text in texts if text is not None)]:
         with storage_errors(path):
-            twins = [each for each in given if _is_same(path, each)]
+            stored, wanted = _same_file_keys(path)
+            twins = [given[key] for key in wanted if key in given]
             if twins:
                 raise ConfigError(f"{path}: is the input {twins[0]}; write to another file")
-            if any(_is_same(path, each) for each in seen):
+            if seen & wanted:
                 raise ConfigError(f"{path}: is the name of two outputs; give them two names")
             if os.path.lexists(path) and not path.is_file():
                 raise ConfigError(f"{path}: exists and is not a file; write to another place")
             if os.path.lexists(path) and not force:
                 raise ConfigError(f"{path}: exists; choose another name, or overwrite it with --force")
         require_writable(path)
-        seen.append(path)
+        seen |= stored
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    """Check whether two paths name one file, now or once both exist; case counts as equal, as it is on some disks."""
-    if one.exists() and other.exists():
-        return one.samefile(other)
-    return str(one.resolve()).casefold() == str(other.resolve()).casefold()
+def _same_file_keys(path: Path) -> tuple[set[FileKey], set[FileKey]]:
+    """Return keys to store a path under, and keys that find it: two paths match if they name one file.
+
+    Two files that exist are the same if the disk says so. Otherwise their full names decide, as the output will exist
+    later; case counts as equal, as it is on some disks.
+    """
+    name = str(path.resolve()).casefold()
+    if not path.exists():
+        return {("missing", name)}, {("missing", name), ("there", name)}
+    status = path.stat()
+    identity = (str(status.st_dev), str(status.st_ino))
+    return {identity, ("there", name)}, {identity, ("missing", name)}
 
 
 def _require_writable_format(path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import Outcome, command, process, save_tiny
+import soundfile
+from tiny import Outcome, command, save_tiny
 from voices import Voice
 
 from onevoice.audio import read_audio, write_audio
@@ -56,9 +57,8 @@ def test_where_outputs_go(place: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_folder_of_recordings(place: Path, jobs: int) -> None:
-    arguments = ["extract", "in/*.wav", "--voice", "voice.wav", "-o", "out", "--residual", "rest", "-j", jobs]
-    done = process(["-m", "onevoice", *arguments, "--pretrained", "tiny.safetensors", "--precision", "float32"])
+def test_a_folder_of_recordings(place: Path, capsys: pytest.CaptureFixture[str], jobs: int) -> None:
+    done = extract(capsys, "in/*.wav", "--voice", "voice.wav", "-o", "out", "--residual", "rest", "-j", jobs)
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["out/m1.wav", "out/m2.wav"]
@@ -123,14 +123,23 @@ def test_an_output_is_no_input_of_another_job(place: Path, capsys: pytest.Captur
 
 
 def test_a_recording_that_fails_does_not_stop_the_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_audio(place / "in" / "m0.wav", np.zeros(8000, np.float32), 8000)
+    soundfile.write(place / "in" / "m0.wav", np.full(8000, np.nan, np.float32), 8000, subtype="FLOAT")
     done = extract(capsys, "in/*.wav", "--voice", "voice.wav", "-o", "out")
     assert done.status == 2
     first, last = done.err.splitlines()
-    assert first.startswith("onevoice: failed: in/m0.wav: is silent")
+    assert first.startswith("onevoice: failed: in/m0.wav: holds NaN")
     assert last == "onevoice: error: 1 of 3 recordings failed"
     assert "2 of 3 recordings" in done.out
     assert sorted(path.name for path in Path("out").iterdir()) == ["m1.wav", "m2.wav"]
+
+
+def test_a_silent_recording_gives_silence_and_a_note(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_audio(place / "in" / "m0.wav", np.zeros(8000, np.float32), 8000)
+    done = extract(capsys, "in/*.wav", "--voice", "voice.wav", "-o", "out")
+    assert done.status == 0, done.err
+    assert "the recording is silent, so the output is too" in done.out
+    assert not read_audio("out/m0.wav")[0].any()
+    assert read_audio("out/m1.wav")[0].any()
 
 
 @pytest.mark.parametrize(

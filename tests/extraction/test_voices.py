@@ -11,6 +11,7 @@ from voices import Voice as Toy
 from onevoice.audio import write_audio
 from onevoice.errors import AudioError, CheckpointError, ConfigError
 from onevoice.extraction import discovery, enrollment, vad
+from onevoice.extraction import extractor as extractor_module
 from onevoice.extraction.discovery import FoundVoice, cluster, find_voices
 from onevoice.extraction.enrollment import Place, enroll_files, format_time, parse_place, read_place
 from onevoice.extraction.extractor import Extractor, load
@@ -177,7 +178,7 @@ def test_recordings_of_another_person_are_left_out(
     """The embedding of a recording stands for its person here: the first sample says who it is."""
     monkeypatch.setattr(enrollment, "_speech", lambda sound: sound.samples)
     monkeypatch.setattr(enrollment, "embed_stretches", lambda sounds: np.eye(2)[[int(sounds[0][0] > 0)]])
-    monkeypatch.setattr(enrollment, "find_voices", lambda sound, rate: [])
+    monkeypatch.setattr(enrollment, "find_voices", lambda sound, rate, speech: [])
     paths = []
     for number, sign in enumerate((1, 1, -1, 1)):
         sound = say(0, 2.0, number)
@@ -191,6 +192,21 @@ def test_recordings_of_another_person_are_left_out(
     assert any(
         "sound like several" in each for each in enroll_files(extractor, [paths[1], *paths[2:], paths[2]]).warnings
     )
+
+
+def test_speech_is_found_once_in_each_recording(
+    by_level: None, extractor: Extractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, find = [], vad.find_speech
+    for module in (enrollment, discovery, extractor_module):
+        monkeypatch.setattr(module, "find_speech", lambda sound, rate: found.append(len(sound)) or find(sound, rate))
+    for number in (0, 1):
+        write_audio(tmp_path / f"{number}.wav", say(0, 4.0 + number, number), RATE)
+    voice = enroll_files(extractor, [tmp_path / "0.wav", tmp_path / "1.wav"])
+    assert found == [4 * RATE, 5 * RATE]
+    found.clear()
+    assert voice == extractor.enroll([read_place(parse_place(tmp_path / f"{n}.wav")).samples for n in (0, 1)], RATE)
+    assert found == [4 * RATE, 5 * RATE]
 
 
 def test_the_commands(
@@ -221,7 +237,7 @@ def test_swapped_arguments_get_a_hint(
     extractor: Extractor, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     people = [FoundVoice(number, ((0.0, 3.0),), (0.0, 3.0)) for number in (1, 2)]
-    monkeypatch.setattr(enrollment, "find_voices", lambda sound, rate: people)
+    monkeypatch.setattr(enrollment, "find_voices", lambda sound, rate, speech: people)
     write_audio(tmp_path / "long.wav", (say(0, 6.0) + say(1, 6.0)) / 2, RATE)
     write_audio(tmp_path / "short.wav", say(0, 3.0), RATE)
     weights = ("--pretrained", tmp_path / "tiny.safetensors")

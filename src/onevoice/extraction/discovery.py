@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from onevoice.audio import Mono, resample
 from onevoice.extraction.checkpoint import load_model, resolve
-from onevoice.extraction.vad import find_speech, runs_of
+from onevoice.extraction.vad import Stretch, find_speech, runs_of
 from onevoice.models import Network
 
 RATE = 16_000
@@ -47,8 +47,6 @@ ENROLLMENT_SECONDS = 15.0
 
 Embeddings = Float[np.ndarray, "_stretches dim"]
 Centers = Float[np.ndarray, "_people dim"]
-Stretch = tuple[float, float]
-"""Begin and end in seconds."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,13 @@ def _load_encoder() -> Network:
     return load_model(resolve(ENCODER))[0]
 
 
-def find_voices(sound: Mono, sample_rate: int) -> list[FoundVoice]:
-    """Return the people who speak in a recording, in the order in which they begin; nobody for no speech."""
+def find_voices(sound: Mono, sample_rate: int, speech: list[Stretch] | None = None) -> list[FoundVoice]:
+    """Return the people who speak in a recording, in the order in which they begin; nobody for no speech.
+
+    `speech` is what `find_speech` returned for the recording, if that was called before.
+    """
     heard = resample(sound, sample_rate, RATE)
-    speech = find_speech(heard, RATE)
+    speech = find_speech(heard, RATE) if speech is None else speech
     centers = [center for begin, end in speech for center in _window_centers(begin, end)]
     if not centers or len(heard) < RATE * WINDOW_SECONDS:
         return [FoundVoice(1, tuple(speech), max(speech, key=lambda turn: turn[1] - turn[0]))] if speech else []

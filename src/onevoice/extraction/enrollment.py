@@ -11,7 +11,7 @@ A file that has exactly the given name is meant first.
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from onevoice.audio import Mono, require_file, resample
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.discovery import RATE, FoundVoice, embed_stretches, find_voices
 from onevoice.extraction.extractor import Extractor, check_enrollment, load, mix_down
-from onevoice.extraction.vad import speech_mask
+from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice
 from onevoice.streams import PIPE, open_source
 
@@ -68,6 +68,8 @@ class Sound:
     name: str
     samples: Mono
     sample_rate: int
+    speech: tuple[Stretch, ...] = ()
+    """Where there is speech in it, once that was looked for."""
 
 
 def parse_place(spec: Spec) -> Place:
@@ -109,16 +111,14 @@ def as_places(voice: Spec | Sequence[Spec]) -> list[Place]:
     return places
 
 
-def check_voice(voice: Spec | Sequence[Spec]) -> list[str]:
-    """Look at the files of a voice without decoding them, and return their names. Raises `AudioError` and others."""
-    places = as_places(voice)
-    for place in places:
+def check_voice(voice: Spec | Sequence[Spec]) -> None:
+    """Look at the files of a voice without decoding them. Raises `AudioError` and others."""
+    for place in as_places(voice):
         if place.is_saved:
             load_voice(place.path)
         elif place.path != PIPE:
             with open_source(place.path):
                 pass
-    return [place.path for place in places]
 
 
 def enroll_files(extractor: Extractor, voice: Spec | Sequence[Spec]) -> Voice:
@@ -133,6 +133,7 @@ def enroll_files(extractor: Extractor, voice: Spec | Sequence[Spec]) -> Voice:
     sounds = [read_place(place) for place in places]
     for sound in sounds:
         check_enrollment(sound.samples, sound.sample_rate, sound.name)
+    sounds = [_with_speech(sound, extractor.sample_rate) for sound in sounds]
     sounds, warnings = _without_outliers(sounds)
     return _warn_of_others(extractor, sounds).warn(*warnings)
 
@@ -187,6 +188,11 @@ def _pick_voice(place: Place, samples: Mono, rate: int) -> Mono:
     return found[place.number - 1].enrollment(samples, rate)
 
 
+def _with_speech(sound: Sound, rate: int) -> Sound:
+    """Find the speech in a sound, at the rate at which `Extractor.enroll` does so."""
+    return replace(sound, speech=tuple(find_speech(resample(sound.samples, sound.sample_rate, rate), rate)))
+
+
 def _without_outliers(sounds: list[Sound]) -> tuple[list[Sound], list[str]]:
     """Leave out recordings of another person than most; return the others, and warnings."""
     if len(sounds) < 2:
@@ -209,19 +215,22 @@ def _without_outliers(sounds: list[Sound]) -> tuple[list[Sound], list[str]]:
 
 def _speech(sound: Sound) -> Mono:
     """Return the first speech of a sound at the rate of the speaker encoders."""
-    mask = speech_mask(sound.samples, sound.sample_rate)
+    mask = as_mask(sound.speech, len(sound.samples), sound.sample_rate)
     speech = sound.samples[mask] if mask.any() else sound.samples
     return resample(speech[: round(MAX_COMPARED_SECONDS * sound.sample_rate)], sound.sample_rate, RATE)
 
 
 def _warn_of_others(extractor: Extractor, sounds: list[Sound]) -> Voice:
     """Return the voice of recordings, with a warning if a recording has more than one."""
-    rates = [sound.sample_rate for sound in sounds]
-    voice = extractor.enroll([sound.samples for sound in sounds], rates, [sound.name for sound in sounds])
+    samples, rates = [sound.samples for sound in sounds], [sound.sample_rate for sound in sounds]
+    names, spoken = [sound.name for sound in sounds], [sound.speech for sound in sounds]
+    voice = extractor.enroll(samples, rates, names, spoken)
     warnings, most = [], 1
     for sound in sounds:
-        searched = sound.samples[: round(MAX_SEARCHED_SECONDS * sound.sample_rate)]
-        found = [each for each in find_voices(searched, sound.sample_rate) if _is_long(each)]
+        limit = MAX_SEARCHED_SECONDS
+        searched = sound.samples[: round(limit * sound.sample_rate)]
+        speech = [(begin, min(end, limit)) for begin, end in sound.speech if begin < limit]
+        found = [each for each in find_voices(searched, sound.sample_rate, speech) if _is_long(each)]
         most = max(most, len(found))
         if len(found) > 1:
             warnings.append(

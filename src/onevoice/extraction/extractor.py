@@ -4,7 +4,7 @@ Rules for every use of a model:
 
 - Channels are averaged; if they cancel each other, the loudest one is used. Mixture and enrollment are converted to the
   network's sample rate, and the estimate is converted back to the mixture's.
-- The enrollment must last at least `MIN_ENROLLMENT_SECONDS` and must not be silent; the mixture must not be silent.
+- The enrollment must last at least `MIN_ENROLLMENT_SECONDS` and must not be silent. A silent mixture gives silence.
 - The level of the network's estimate is arbitrary (SI-SDR ignores it). So the estimate is scaled by the gain that
   leaves the smallest residual, ⟨mixture, estimate⟩ / ⟨estimate, estimate⟩. Then mixture = estimate + residual, and the
   two are orthogonal. A silent estimate stays silent.
@@ -38,9 +38,17 @@ from onevoice.audio import (
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
 from onevoice.extraction.presence import THRESHOLD_DB, Presence, measure_presence
-from onevoice.extraction.vad import speech_mask
+from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import Voice, clipped_share, examine, trim
-from onevoice.extraction.windows import Plan, Spool, estimate_windows, least_residual_gain, make_plan, measure_level
+from onevoice.extraction.windows import (
+    Plan,
+    Spool,
+    estimate_windows,
+    fill_spools,
+    least_residual_gain,
+    make_plan,
+    measure_level,
+)
 from onevoice.models import Batch, ModelConfig, Network, to_network
 from onevoice.models.base import Level, pick_device
 
@@ -95,11 +103,13 @@ class Extractor:
         recordings: np.ndarray | Tensor | Sequence[np.ndarray | Tensor],
         sample_rate: int | Sequence[int],
         names: Sequence[str] = (),
+        speech: Sequence[Sequence[Stretch]] | None = None,
     ) -> Voice:
         """Return the voice of a person from one recording or a list of them, of that person alone.
 
         Each recording is `(samples,)` or `(channels, samples)` with full scale 1.0. The rate is in Hz, one for all or
-        one for each. Long pauses are cut out. The check-up of the voice has warnings for what is likely to spoil an
+        one for each. `speech` has the stretches of speech in each, if they are known (`vad.find_speech`); all else is
+        cut out. The check-up of the voice has warnings for what is likely to spoil an
         extraction. Raises `AudioError` for empty, silent, NaN or too short input.
         """
         given = [recordings] if isinstance(recordings, np.ndarray | Tensor) else list(recordings)
@@ -112,11 +122,13 @@ class Extractor:
             check_enrollment(sound, rate, "enrollment")
         clipped = float(np.mean([clipped_share(sound) for sound in sounds]))
         sounds = [resample(sound, rate, self.sample_rate) for sound, rate in zip(sounds, rates, strict=True)]
-        masks = [speech_mask(sound, self.sample_rate) for sound in sounds]
+        if speech is None:
+            speech = [find_speech(sound, self.sample_rate) for sound in sounds]
+        masks = [as_mask(each, len(sound), self.sample_rate) for each, sound in zip(speech, sounds, strict=True)]
         least = MIN_ENROLLMENT_SECONDS * self.sample_rate
-        speech = [trim(sound, mask, least) for sound, mask in zip(sounds, masks, strict=True)]
+        trimmed = [trim(sound, mask, least) for sound, mask in zip(sounds, masks, strict=True)]
         check_up = examine(sounds, masks, self.sample_rate, clipped)
-        return replace(self.embed(speech), sources=tuple(names), check_up=check_up)
+        return replace(self.embed(trimmed), sources=tuple(names), check_up=check_up)
 
     @torch.inference_mode()
     def embed(self, sounds: Sequence[Mono]) -> Voice:
@@ -155,13 +167,12 @@ class Extractor:
 
         A mixture is `(samples,)` or `(channels, samples)` with full scale 1.0; a list of mixtures gives a list. `voice`
         comes from `enroll`, or is an enrollment in the form of a mixture. Rates are in Hz; the enrollment's is the
-        mixture's by default. Raises `AudioError` for empty, silent, NaN or too short input.
+        mixture's by default. Silence gives silence. Raises `AudioError` for an empty, integer or NaN mixture, and what
+        `enroll` raises.
         """
         require_sample_rate(sample_rate, "mixture")
         batch = mixture if isinstance(mixture, list) else [mixture]
         sounds = [_as_mono(each, "mixture") for each in batch]
-        for sound in sounds:
-            require_not_silent(sound, "mixture")
         if not isinstance(voice, Voice):
             rate = sample_rate if enrollment_sample_rate is None else enrollment_sample_rate
             voice = self.enroll(voice, rate)
@@ -182,9 +193,8 @@ class Extractor:
         self.require_level()
         require_sample_rate(sample_rate, "mixture")
         sound = _as_mono(mixture, "mixture")
-        require_not_silent(sound, "mixture")
         with Spool() as heard, Spool() as estimate:
-            heard.append(resample(sound, sample_rate, self.sample_rate))
+            fill_spools([heard], [sound[:, None]], sample_rate, self.sample_rate)
             gain = self.separate(heard, estimate, voice)
             presence = self.presence(heard, estimate)
             blocks = at_rate(estimate, gain, self.sample_rate, sample_rate, len(sound), presence, absent_db)
@@ -207,20 +217,11 @@ class Extractor:
         """Yield the voice in a mono recording that comes in chunks; memory does not grow with its length.
 
         The level of the whole matters, so nothing comes out before the last chunk is in. The lengths add up to the
-        length of the recording. Raises `AudioError` for a recording that is empty, silent or not finite.
+        length of the recording. Raises `AudioError` for a recording that is empty or not finite.
         """
-        samples = 0
-
-        def counted() -> Iterator[Mono]:
-            nonlocal samples
-            for chunk in chunks:
-                sound = _as_mono(chunk, "mixture")
-                samples += len(sound)
-                yield sound
-
+        blocks = (_as_mono(chunk, "mixture")[:, None] for chunk in chunks)
         with Spool() as mixture, Spool() as estimate:
-            for block in resample_blocks(counted(), sample_rate, self.sample_rate):
-                mixture.append(block)
+            samples, _ = fill_spools([mixture], blocks, sample_rate, self.sample_rate)
             if not samples:
                 raise AudioError("mixture: holds no samples")
             gain = self.separate(mixture, estimate, voice)
@@ -233,12 +234,13 @@ class Extractor:
         """Append the estimate for `mixture`, at the network's rate, to `estimate`; return the gain to apply to it.
 
         `estimate` may hold the beginning from a run that was interrupted. `report` gets the number of samples done.
-        Raises `CheckpointError` for the voice of other weights, and `AudioError` for a silent mixture.
+        Raises `CheckpointError` for the voice of other weights.
         """
         voice.require_model(self.model_hash)
         level = measure_level(mixture)
         if level.rms == 0:
-            raise AudioError(f"mixture: is silent (all samples are {level.mean:g}); give a recording of speech")
+            estimate.append_silence(mixture.samples - estimate.samples)
+            return 0.0
         plan = make_plan(self.card.config, mixture.samples)
         done = resume_at(plan, estimate)
         report(estimate.samples)

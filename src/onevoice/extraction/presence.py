@@ -118,8 +118,6 @@ def measure_presence(mixture: Spool, estimate: Spool, sample_rate: int, threshol
     hop = round(FRAME_SECONDS * sample_rate)
     mean = measure_level(mixture).mean
     powers = [_frame_powers(mixture, hop, mean), _frame_powers(estimate, hop, 0.0)]
-    if not len(powers[1]):  # a silent mixture has no estimate
-        powers[1] = np.zeros_like(powers[0])
     window = np.ones(WINDOW_FRAMES) / WINDOW_FRAMES
     theirs, ours = (np.convolve(np.pad(power, WINDOW_FRAMES // 2), window, "valid") for power in powers)
     floor = 10 ** (SILENCE_DB / 10) * float(powers[0].mean())
@@ -143,7 +141,7 @@ def _frame_powers(spool: Spool, hop: int, mean: float) -> Float[np.ndarray, " fr
         block = spool.read(first, first + step).astype(np.float64) - mean
         padded = np.pad(block, (0, -len(block) % hop))
         powers.append(np.square(padded.reshape(-1, hop)).mean(axis=1))
-    return np.concatenate([np.zeros(0), *powers])
+    return np.concatenate(powers) if powers else np.zeros(1)
 
 
 def _keep_runs(

@@ -20,14 +20,14 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from onevoice.audio import BLOCK, Block, Mono, resample_columns, to_mono
+from onevoice.audio import BLOCK, Block, Mono, to_mono
 from onevoice.errors import AudioError, ConfigError
-from onevoice.extraction.enrollment import Spec, check_voice, enroll_files
+from onevoice.extraction.enrollment import Spec, as_places, check_voice, enroll_files
 from onevoice.extraction.extractor import Extractor, at_rate, channels_cancel
 from onevoice.extraction.presence import TIMELINES, Presence, join, write_timeline
 from onevoice.extraction.report import extraction_report
 from onevoice.extraction.voice import Voice
-from onevoice.extraction.windows import Spool, make_plan
+from onevoice.extraction.windows import Spool, fill_spools, make_plan
 from onevoice.files import atomic_write, storage_errors
 from onevoice.streams import PIPE, Source, check_outputs, keeps_peaks, open_source, write_together
 
@@ -99,7 +99,7 @@ def extract_file(
     Raises `AudioError`, `ConfigError`, `StorageError` and `MissingDependencyError`.
     """
     begin = time.perf_counter()
-    check_files(mixture, voice, output, residual, timeline, page, channel=channel, force=force)
+    _check_names(mixture, voice, output, residual, timeline, page, force)
     if absent_db or timeline is not None:
         extractor.require_level()
     with contextlib.ExitStack() as stack:
@@ -144,7 +144,25 @@ def check_files(
     force: bool = False,
 ) -> None:
     """Look at inputs and outputs before long work; standard input is left alone. Raises what `extract_file` does."""
-    enrollments = [] if isinstance(voice, Voice) else check_voice(voice)
+    if not isinstance(voice, Voice):
+        check_voice(voice)
+    _check_names(mixture, voice, output, residual, timeline, page, force)
+    if str(mixture) != PIPE:
+        with open_source(mixture) as source:
+            _require_channel(source, channel)
+
+
+def _check_names(
+    mixture: str | Path,
+    voice: Voice | Spec | Sequence[Spec],
+    output: str | Path,
+    residual: str | Path | None,
+    timeline: str | Path | None,
+    page: str | Path | None,
+    force: bool,
+) -> None:
+    """Check, without opening a file, that the names go together and that the outputs can be written."""
+    enrollments = [] if isinstance(voice, Voice) else [place.path for place in as_places(voice)]
     if (str(mixture) == PIPE and PIPE in enrollments) or enrollments.count(PIPE) > 1:
         raise ConfigError("-: standard input cannot be both the mixture and the voice; name a file for one")
     if str(output) == PIPE and residual is not None and str(residual) == PIPE:
@@ -152,9 +170,6 @@ def check_files(
     _require_extension(timeline, "timeline", TIMELINES)
     _require_extension(page, "report", (".html", ".htm"))
     check_outputs([output, residual], [mixture, *enrollments], force, [timeline, page])
-    if str(mixture) != PIPE:
-        with open_source(mixture) as source:
-            _require_channel(source, channel)
 
 
 def _require_extension(path: str | Path | None, option: str, extensions: Collection[str]) -> None:
@@ -218,30 +233,24 @@ def _hear(
     Returns the spools, the samples per channel of the file, the channel that was used, and what the user should know.
     """
     powers, mean_power = np.zeros(source.channels), 0.0
-    low, high, samples = np.inf, -np.inf, 0
 
     def picked() -> Iterator[Block]:
-        nonlocal mean_power, powers, low, high, samples
+        nonlocal mean_power, powers
         for block in source.blocks():
             chosen = pick(block, channel)
             powers += np.square(block, dtype=np.float64).sum(axis=0)
             mean_power += float(np.square(chosen, dtype=np.float64).sum())
-            low, high, samples = min(low, float(chosen.min())), max(high, float(chosen.max())), samples + len(block)
             yield chosen
 
     spools = [stack.enter_context(Spool(folder)) for _ in range(source.channels if channel == "each" else 1)]
-    for blocks in resample_columns(picked(), len(spools), source.sample_rate, rate):
-        for spool, block in zip(spools, blocks, strict=True):
-            spool.append(block)
+    samples, is_silent = fill_spools(spools, picked(), source.sample_rate, rate)
     if not samples:
         raise AudioError(f"{source.name}: holds no samples")
     if channel == "mean" and channels_cancel(powers, mean_power):
         loudest = int(powers.argmax()) + 1
         spools, samples, _, notes = _hear(source, loudest, rate, folder, stack)
         return spools, samples, loudest, [*notes, f"its channels cancel each other, so channel {loudest} was used"]
-    if not high > low:
-        raise AudioError(f"{source.name}: is silent (all samples are {low:g}); give a recording of speech")
-    return spools, samples, channel, []
+    return spools, samples, channel, ["the recording is silent, so the output is too"] if is_silent.all() else []
 
 
 def _estimate_paths(
@@ -265,15 +274,14 @@ def _estimate_paths(
 
 
 def _separate(extractor: Extractor, tracks: list[Track], voice: Voice, report: Callable[[float], None]) -> list[Track]:
-    """Run the network over each track; return the tracks with their gains. A silent track stays silent."""
+    """Run the network over each track; return the tracks with their gains."""
     done = []
     for index, track in enumerate(tracks):
 
         def progress(samples: int, index: int = index, total: int = track.mixture.samples) -> None:
             report((index + samples / total) / len(tracks))
 
-        is_silent = not any(block.any() for block in track.mixture.blocks())
-        gain = 0.0 if is_silent else extractor.separate(track.mixture, track.estimate, voice, progress)
+        gain = extractor.separate(track.mixture, track.estimate, voice, progress)
         has_level = extractor.card.config.has_level
         presence = extractor.presence(track.mixture, track.estimate) if has_level else None
         done.append(replace(track, gain=gain, presence=presence))

@@ -8,6 +8,7 @@ level misses 15 % and takes 14 %; in quiet both are as good.
 
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,20 +41,27 @@ MIN_RANGE_DB = 6.0
 MAX_DEPTH_DB = 30.0
 """Frames this far below the loud ones are pauses in any case."""
 
+Stretch = tuple[float, float]
+"""Begin and end in seconds."""
 Frames = Bool[np.ndarray, "_frames"]
 Levels = Float[np.ndarray, "_frames"]
 
 
 def speech_mask(sound: Mono, sample_rate: int) -> Bool[np.ndarray, "_samples"]:
     """Return True for the samples that are speech. Level and offset of the sound change nothing."""
-    mask = np.zeros(len(sound), bool)
-    for begin, end in find_speech(sound, sample_rate):
+    return as_mask(find_speech(sound, sample_rate), len(sound), sample_rate)
+
+
+def as_mask(stretches: Sequence[Stretch], samples: int, sample_rate: int) -> Bool[np.ndarray, "_samples"]:
+    """Return True for the samples that lie in a stretch."""
+    mask = np.zeros(samples, bool)
+    for begin, end in stretches:
         mask[round(begin * sample_rate) : round(end * sample_rate)] = True
     return mask
 
 
-def find_speech(sound: Mono, sample_rate: int) -> list[tuple[float, float]]:
-    """Return the begin and end of each stretch of speech, in seconds. Level and offset of the sound change nothing."""
+def find_speech(sound: Mono, sample_rate: int) -> list[Stretch]:
+    """Return each stretch of speech. Level and offset of the sound change nothing."""
     heard = resample(sound - sound.mean(), sample_rate, RATE)
     peak = float(np.abs(heard).max(initial=0.0))
     if peak == 0:

@@ -9,19 +9,20 @@ level that the network normalizes by is that of the whole recording.
   neighbors are cross-faded after their border. A recording of at most `WHOLE_SECONDS` is one window.
 """
 
+import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from onevoice.audio import BLOCK, Mono
+from onevoice.audio import BLOCK, Block, Mono, resample_columns
 from onevoice.models.base import Level, NetworkConfig
 
 WHOLE_SECONDS = 60.0
@@ -77,6 +78,11 @@ class Spool:
             self._file.flush()
         self.samples += len(samples)
 
+    def append_silence(self, samples: int) -> None:
+        """Add zeros at the end."""
+        for first in range(0, samples, BLOCK):
+            self.append(np.zeros(min(BLOCK, samples - first), np.float32))
+
     def read(self, first: int, last: int) -> Mono:
         """Return the samples from `first` up to `last`."""
         self._file.seek(first * FLOAT32.itemsize)
@@ -87,6 +93,36 @@ class Spool:
         """Yield all samples."""
         for first in range(0, self.samples, BLOCK):
             yield self.read(first, first + BLOCK)
+
+
+def fill_spools(
+    spools: Sequence[Spool], blocks: Iterable[Block], from_rate: int, to_rate: int
+) -> tuple[int, Bool[np.ndarray, " spools"]]:
+    """Append each channel of a recording to its spool, at another rate.
+
+    Returns the samples per channel of the recording, and True for each silent channel: one whose samples are all equal.
+    Its spool gets zeros, because converting an offset leaves ripples at both ends.
+    """
+    samples, low, high = 0, np.full(len(spools), np.inf), np.full(len(spools), -np.inf)
+
+    def watched() -> Iterator[Block]:
+        nonlocal samples, low, high
+        for block in blocks:
+            if not len(block):
+                continue
+            samples += len(block)
+            low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+            yield block
+
+    for columns in resample_columns(watched(), len(spools), from_rate, to_rate):
+        for spool, column in zip(spools, columns, strict=True):
+            spool.append(column)
+    is_silent = np.asarray(low >= high)
+    for spool in itertools.compress(spools, is_silent):
+        length = spool.samples
+        spool.cut(0)
+        spool.append_silence(length)
+    return samples, is_silent
 
 
 @dataclass(frozen=True)
@@ -148,9 +184,10 @@ def estimate_windows(estimate: Estimate, plan: Plan, mixture: Spool, level: Leve
 def measure_level(mixture: Spool) -> Level:
     """Return the level of the whole recording."""
     total = sum(float(block.sum(dtype=np.float64)) for block in mixture.blocks())
-    mean = total / mixture.samples
-    power = sum(float(np.square(block - mean, dtype=np.float64).sum()) for block in mixture.blocks()) / mixture.samples
-    return Level(mean, power**0.5)
+    count = max(1, mixture.samples)
+    mean = total / count
+    energy = sum(float(np.square(block - mean, dtype=np.float64).sum()) for block in mixture.blocks())
+    return Level(mean, (energy / count) ** 0.5)
 
 
 def least_residual_gain(estimate: Iterable[Mono], mixture: Iterable[Mono], max_gain: float) -> float:
