@@ -1,5 +1,6 @@
 """Windows: the parts of a long recording add up to the estimate for the whole."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from voices import Voice
 from onevoice.extraction import windows
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.extractor import Extractor
-from onevoice.extraction.windows import Plan, Spool, make_plan, measure_level
+from onevoice.extraction.windows import Plan, Spool, estimate_windows, make_plan, measure_level
 from onevoice.models import MODELS, ModelConfig
+from onevoice.models.base import Level
 
 
 def extractor_of(config: ModelConfig) -> Extractor:
@@ -126,6 +128,38 @@ def test_an_estimate_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, n
         np.testing.assert_array_equal(pieces.read(0, 48_000), whole.read(0, 48_000))
     assert reported[0] == min(done * plan.core, plan.samples)
     assert len(reported) == 1 + plan.count - done
+
+
+def test_threads_share_the_windows() -> None:
+    """Two run at once, in order, with one torch thread each; an error in one ends all."""
+    plan, together, before = Plan(1000, 100, 10, 5), threading.Barrier(2, timeout=10), torch.get_num_threads()
+
+    def double(sound: torch.Tensor, level: Level | None) -> torch.Tensor:
+        together.wait()
+        assert torch.get_num_threads() == 1
+        return 2 * sound
+
+    def fail(sound: torch.Tensor, level: Level | None) -> torch.Tensor:
+        raise ValueError("no")
+
+    with Spool() as mixture:
+        mixture.append(np.arange(1000, dtype=np.float32))
+        level = measure_level(mixture)
+        found = list(estimate_windows(double, plan, mixture, level, threads=2))
+        with pytest.raises(ValueError, match="no"):
+            list(estimate_windows(fail, plan, mixture, level, threads=2))
+    np.testing.assert_allclose(np.concatenate(found), 2 * np.arange(1000), rtol=1e-6)  # fades round
+    assert torch.get_num_threads() == before
+
+
+def test_a_recording_is_the_same_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WHOLE_SECONDS", 5.5)
+    extractor = extractor_of(SMALL_CONFIGS["spexplus"])
+    voice, found = extractor.enroll(Voice.number(0).say(2, 2.0), 8000), []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(extractor.extract(recording(6.0), 8000, voice))
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_plan_of_one_window_has_no_context() -> None:

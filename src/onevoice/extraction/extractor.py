@@ -245,7 +245,8 @@ class Extractor:
         done = resume_at(plan, estimate)
         report(estimate.samples)
         run = functools.partial(self._estimate_window, voice.embedding.to(self.device))
-        for core in estimate_windows(run, plan, mixture, level, done):
+        threads = torch.get_num_threads() if self.device.type == "cpu" and plan.count > 1 else 1
+        for core in estimate_windows(run, plan, mixture, level, done, threads):
             estimate.append(core)
             report(estimate.samples)
         return least_residual_gain(estimate.blocks(), mixture.blocks(), self.max_gain)
@@ -256,6 +257,7 @@ class Extractor:
         estimate: Tensor = self.model(to_network(batch, self.device))["predicted_audio"][0]
         return estimate.float().cpu()
 
+    @torch.inference_mode()
     def _estimate_window(
         self, embedding: Float[Tensor, "1 speaker_dim"], sound: Float[Tensor, "1 samples"], level: Level | None
     ) -> Float[Tensor, "1 samples"]:

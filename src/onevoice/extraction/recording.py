@@ -238,8 +238,9 @@ def _hear(
         nonlocal mean_power, powers
         for block in source.blocks():
             chosen = pick(block, channel)
-            powers += np.square(block, dtype=np.float64).sum(axis=0)
-            mean_power += float(np.square(chosen, dtype=np.float64).sum())
+            if channel == "mean" and source.channels > 1:
+                powers += [float(each @ each) for each in np.ascontiguousarray(block.T, np.float64)]
+                mean_power += float(np.square(chosen, dtype=np.float64).sum())
             yield chosen
 
     spools = [stack.enter_context(Spool(folder)) for _ in range(source.channels if channel == "each" else 1)]

@@ -12,7 +12,9 @@ level that the network normalizes by is that of the whole recording.
 import itertools
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,16 +163,21 @@ def make_plan(config: NetworkConfig, samples: int) -> Plan:
     return Plan(samples, core, around_samples, fade)
 
 
-def estimate_windows(estimate: Estimate, plan: Plan, mixture: Spool, level: Level, begin: int = 0) -> Iterator[Mono]:
+def estimate_windows(
+    estimate: Estimate, plan: Plan, mixture: Spool, level: Level, begin: int = 0, threads: int = 1
+) -> Iterator[Mono]:
     """Yield the cores of the estimate from window `begin` on, which gives the same samples as the rest of a whole run.
 
-    Window i is faded into window i + 1 over the first `fade` samples of core i + 1.
+    Window i is faded into window i + 1 over the first `fade` samples of core i + 1. Several windows run at once, one on
+    each of the `threads`. Then no thread waits for another in the middle of a window, as threads that share one do.
     """
+    indices = range(max(0, begin - 1) if plan.fade else begin, plan.count)
+    sounds = (torch.from_numpy(mixture.read(*plan.bounds(index)[:2]))[None] for index in indices)
+    results = _map_ahead(lambda sound: estimate(sound, None if plan.count == 1 else level), sounds, threads)
     tail = np.zeros(0, np.float32)
-    for index in range(max(0, begin - 1) if plan.fade else begin, plan.count):
-        first, last, core_first, core_last = plan.bounds(index)
-        sound = torch.from_numpy(mixture.read(first, last))[None]
-        result = estimate(sound, None if plan.count == 1 else level)[0].numpy()
+    for index, estimated in zip(indices, results, strict=True):
+        first, _, core_first, core_last = plan.bounds(index)
+        result = estimated[0].numpy()
         core = result[core_first - first : core_last - first].copy()
         if len(tail):
             size = min(len(tail), len(core))
@@ -179,6 +186,27 @@ def estimate_windows(estimate: Estimate, plan: Plan, mixture: Spool, level: Leve
         tail = result[core_last - first : core_last - first + plan.fade].copy()
         if index >= begin:
             yield core
+
+
+def _map_ahead(
+    function: Callable[[Tensor], Tensor], items: Iterable[Tensor], threads: int
+) -> Iterator[Float[Tensor, "1 _samples"]]:
+    """Yield `function` of each item, in order, computed by several threads with one torch thread each."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    before, ahead = torch.get_num_threads(), deque[Future[Tensor]]()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # the number is also the default of threads to come
 
 
 def measure_level(mixture: Spool) -> Level:
