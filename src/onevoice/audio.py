@@ -50,8 +50,7 @@ MAX_OGG_PAGE_BYTES = 65_307
 """RFC 3533."""
 
 BLOCK = 65_536
-"""Samples per channel that are read or written at a time. libsndfile's Vorbis encoder overflows its stack on long ones.
-"""
+"""Samples per channel that are read or written at a time: libsndfile's Vorbis encoder overflows its stack on more."""
 
 MAX_WAV_BYTES = 2**32 - 2**16
 """Longer sound does not fit the 32-bit sizes of WAV; it becomes RF64 (EBU Tech 3306), which has 64-bit ones."""
@@ -309,7 +308,7 @@ def resample_columns(blocks: Iterable[Block], channels: int, from_rate: int, to_
 def to_mono(channels: Float[np.ndarray, "channels samples"]) -> Mono:
     """Average the channels."""
     if len(channels) == 2:  # NumPy's mean over two neighbors in memory is slow
-        return np.ascontiguousarray((channels[0] + channels[1]) / 2)
+        return np.asarray((channels[0] + channels[1]) / 2)
     return np.ascontiguousarray(channels[0] if len(channels) == 1 else channels.mean(axis=0))
 
 
