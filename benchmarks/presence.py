@@ -28,6 +28,7 @@ import torch
 
 from onevoice.audio import Mono, read_audio
 from onevoice.evaluation.metrics import si_sdr
+from onevoice.evaluation.statistics import equal_error
 from onevoice.extraction.extractor import Extractor, at_rate, load
 from onevoice.extraction.presence import FRAME_SECONDS, Presence
 from onevoice.extraction.windows import Spool
@@ -60,15 +61,6 @@ def run(extractor: Extractor, mixture: Mono, enrollment: Mono) -> tuple[Presence
             for absent_db in (0.0, math.inf)
         )
     return presence, kept, muted
-
-
-def equal_error(present: Sequence[float], absent: Sequence[float]) -> tuple[float, float]:
-    """Return the equal error rate of scores, and its threshold."""
-    thresholds = np.sort(np.concatenate([present, absent]))
-    misses = np.searchsorted(np.sort(present), thresholds) / len(present)
-    alarms = 1 - np.searchsorted(np.sort(absent), thresholds) / len(absent)
-    best = int(np.abs(misses - alarms).argmin())
-    return float(misses[best] + alarms[best]) / 2, float(thresholds[best])
 
 
 def errors(outcomes: Sequence[Outcome], threshold: float | None = None) -> str:

@@ -27,6 +27,8 @@ PRESENT = TrialRow(
     {"si_sdr": 9.5, "pesq": 1.5},
     -4.0,
     False,
+    -1.5,
+    True,
     "c0ffee",
     {"similarity": 0.75},
     0.125,
@@ -57,7 +59,7 @@ def test_the_columns(tmp_path: Path) -> None:
         *("trial", "seconds", "si_sdr", "si_sdr_improvement", "pesq", "attenuation_db", "refused"),
         *("corpus", "target_speaker", "interferer_speaker", "gender_pair", "absent", "input_snr_db"),
         *("enrollment_seconds", "mixture_si_sdr", "mixture_pesq", "pesq_improvement", "interferer_improvement_db"),
-        *("confused", "audio_hash", "similarity", "network_seconds"),
+        *("confused", "presence_db", "heard", "audio_hash", "similarity", "network_seconds"),
     ]
     assert first["refused"] == "pesq: PESQ refused: over 45 utterances; score shorter pieces; si_sdr: odd"
     assert (first["absent"], first["confused"], second["absent"], second["confused"]) == ("false", "false", "true", "")

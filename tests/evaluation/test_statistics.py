@@ -11,6 +11,7 @@ from onevoice.evaluation.statistics import (
     bootstrap_interval,
     confusion_rate,
     summarize_groups,
+    summarize_presence,
     summarize_rows,
 )
 
@@ -56,6 +57,27 @@ def test_a_bin_includes_its_lower_edge(value: float | None, expected: str | None
 def test_confusions_leave_unknown_trials_out() -> None:
     assert confusion_rate([row(1.0), row(1.0, confused=True), row(1.0, confused=False)]) == 0.5
     assert confusion_rate([row(1.0)]) is None
+
+
+def scored(score: float | None, heard: bool | None, attenuation: float | None = None) -> TrialRow:
+    return TrialRow("a", 1.0, {}, {}, attenuation, presence_db=score, heard=heard)
+
+
+def test_presence_errors_by_counting() -> None:
+    """One of four present trials scores below two of four absent ones; the threshold in use is another."""
+    present = [scored(score, score > 4.5) for score in (2.0, 5.0, 6.0, 7.0)]
+    absent = [scored(score, score > 4.5, 20.0) for score in (0.0, 1.0, 3.0, 5.5)]
+    found = summarize_presence([*present, *absent, scored(None, None)])
+    assert found == {
+        "false_silence_rate": 0.25,
+        "false_output_rate": 0.25,
+        "equal_error_rate": 0.25,
+        "equal_error_threshold_db": 5.0,
+    }
+    assert summarize_presence([scored(None, None), scored(None, None, 20.0)]) is None
+    alone = summarize_presence(present)
+    assert alone is not None
+    assert (alone["false_silence_rate"], alone["false_output_rate"], alone["equal_error_rate"]) == (0.25, None, None)
 
 
 @pytest.mark.parametrize("count", [3, 700])

@@ -148,6 +148,22 @@ def test_absent_targets_are_scored_by_attenuation(extractor: Extractor, tmp_path
     assert report.summaries["si_sdr"].count == 1
 
 
+def test_presence_is_counted_for_networks_with_a_level(tmp_path: Path) -> None:
+    """A network that passes the mixture on hears every voice: a false output in each absent trial, no false silence."""
+    make_trials(tmp_path, 3)
+    write_audio(find_trials(tmp_path)[0].target, np.zeros(8000, np.float32), 8000)
+    leveled = replace(CONFIG, has_level=True)
+    report = evaluate(Extractor(Unchanged(leveled), Card(leveled)), config(tmp_path, metrics=("si_sdr",)))
+    assert [row.presence_db for row in report.trials] == pytest.approx([0.0] * 3, abs=0.01)
+    assert [row.heard for row in report.trials] == [True] * 3
+    presence = report.to_dict()["presence"]
+    assert (presence["false_output_rate"], presence["false_silence_rate"]) == (1.0, 0.0)
+    assert "presence false output 100.0 %, false silence 0.0 %" in format_report(report)
+    plain = evaluate(Extractor(Unchanged(CONFIG), Card(CONFIG)), config(tmp_path, metrics=("si_sdr",)))
+    assert plain.to_dict()["presence"] is None
+    assert {row.presence_db for row in plain.trials} == {None}
+
+
 def test_the_folders_layout_gives_the_same(extractor: Extractor, trials: Path, tmp_path: Path) -> None:
     for suffix, folder in {"mixed": "mix", "ref": "refs", "target": "targets"}.items():
         (tmp_path / folder).mkdir()

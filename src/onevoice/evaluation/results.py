@@ -21,6 +21,8 @@ The rows have these columns, in this order. Empty means that there is no value, 
     pesq_improvement, …          estimate minus mixture, for each metric (`si_sdr_improvement` is a metric itself)
     interferer_improvement_db    SI-SDR improvement toward all that is not the target
     confused                     whether the estimate gains more toward the interferer than toward the target
+    presence_db                  score of the voice's presence, of networks that have one
+    heard                        whether the score reaches the threshold of the network
     audio_hash                   hash of the audio that was judged: mixture, target and enrollment
     …                            any other numbers, such as a speaker similarity, by a name of their own
     network_seconds              computing time of the network; the only column that differs from run to run
@@ -28,7 +30,7 @@ The rows have these columns, in this order. Empty means that there is no value, 
 The summary is one JSON object with these keys:
 
     trials, target_present, target_absent, failure_rate, failure_threshold_db, confusion_rate,
-    attenuation_db, refusals, left_out, notes, metrics, mixture, groups, word_error_rates, speed, trials_hash,
+    attenuation_db, presence, refusals, left_out, notes, metrics, mixture, groups, word_error_rates, speed, trials_hash,
     data, provenance, rows_file, rows_hash, saved_estimates (the folder), and one of checkpoint (with facts), baseline
     and estimates: what was judged
 
@@ -62,9 +64,10 @@ MIXTURE = "mixture_"
 
 Cells = dict[str, Any]
 """One line of a table by column: texts, numbers, truth values, and None where there is none."""
-NUMBERS = ("input_snr_db", "enrollment_seconds", "interferer_improvement_db", "network_seconds")
+NUMBERS = ("input_snr_db", "enrollment_seconds", "interferer_improvement_db", "presence_db", "network_seconds")
+TRUTHS = ("absent", "confused", "heard")
 TEXTS = ("corpus", "target_speaker", "interferer_speaker", "gender_pair", "audio_hash")
-KNOWN = {"trial", "seconds", "attenuation_db", "refused", "absent", "confused", *NUMBERS, *TEXTS, *METRICS}
+KNOWN = {"trial", "seconds", "attenuation_db", "refused", *TRUTHS, *NUMBERS, *TEXTS, *METRICS}
 """Columns that are neither a metric of the mixture, nor an improvement, nor a number of someone else."""
 
 
@@ -90,6 +93,8 @@ class TrialRow:
     """The metrics of the mixture."""
     interferer_improvement_db: float | None = None
     confused: bool | None = None
+    presence_db: float | None = None
+    heard: bool | None = None
     audio_hash: str | None = None
     more: dict[str, float | None] = field(default_factory=dict)
     """Other numbers, by the name of their column."""
@@ -226,7 +231,7 @@ def columns_of(rows: Sequence[TrialRow]) -> list[str]:
         *("corpus", "target_speaker", "interferer_speaker", "gender_pair", "absent"),
         *("input_snr_db", "enrollment_seconds", *(f"{MIXTURE}{name}" for name in before)),
         *(f"{name}{IMPROVEMENT}" for name in before if f"{name}{IMPROVEMENT}" not in METRICS),
-        *("interferer_improvement_db", "confused", "audio_hash"),
+        *("interferer_improvement_db", "confused", "presence_db", "heard", "audio_hash"),
         *dict.fromkeys(name for row in rows for name in row.more),
         "network_seconds",
     ]
@@ -250,7 +255,7 @@ def _to_cells(row: TrialRow) -> Cells:
         **{str(name): value for name, value in row.values.items()},
         "attenuation_db": row.attenuation_db,
         "refused": "; ".join(f"{name}: {why}" for name, why in row.refusals.items()),
-        **{name: getattr(row, name) for name in (*TEXTS, *NUMBERS, "absent", "confused")},
+        **{name: getattr(row, name) for name in (*TEXTS, *NUMBERS, *TRUTHS)},
         **{f"{MIXTURE}{name}": value for name, value in row.mixture.items()},
         **row.improvements,
         **row.more,
@@ -270,7 +275,8 @@ def _from_cells(cells: Mapping[str, Any]) -> TrialRow:
         refusals=_refusals(cells.get("refused") or ""),
         attenuation_db=_number(cells.get("attenuation_db")),
         mixture={} if absent else {name: _number(cells[f"{MIXTURE}{name}"]) for name in before},
-        confused={"true": True, "false": False}.get(str(cells.get("confused")).lower()),
+        confused=_truth(cells.get("confused")),
+        heard=_truth(cells.get("heard")),
         more={name: _number(value) for name, value in cells.items() if name not in KNOWN | derived},
         **facts,
     )
@@ -288,14 +294,18 @@ def _number(cell: Any) -> float | None:
     return None if cell is None or cell == "" else float(cell)
 
 
+def _truth(cell: Any) -> bool | None:
+    return {"true": True, "false": False}.get(str(cell).lower())
+
+
 def _csv_cell(cell: Any) -> Any:
     return str(cell).lower() if isinstance(cell, bool) else cell
 
 
 def _write_parquet(path: Path, rows: Sequence[TrialRow]) -> None:
     parquet, arrow = _parquet(), importlib.import_module("pyarrow")
-    kinds = {"trial": arrow.string(), "refused": arrow.string(), "absent": arrow.bool_(), "confused": arrow.bool_()}
-    kinds |= dict.fromkeys(TEXTS, arrow.string())
+    kinds = {"trial": arrow.string(), "refused": arrow.string()}
+    kinds |= dict.fromkeys(TEXTS, arrow.string()) | dict.fromkeys(TRUTHS, arrow.bool_())
     cells = [_to_cells(row) for row in rows]
     columns = {
         name: arrow.array([each.get(name) for each in cells], kinds.get(name, arrow.float64()))

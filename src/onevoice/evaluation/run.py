@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from onevoice.audio import write_audio
+from onevoice.audio import Mono, write_audio
 from onevoice.config import STRICT, Location
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError
 from onevoice.evaluation.baselines import BaselineName, estimate_baseline
@@ -36,6 +36,8 @@ from onevoice.evaluation.metrics import MetricName
 from onevoice.evaluation.scoring import EstimatedTrial, TrialFacts, score_trial
 from onevoice.evaluation.summary import Report, make_report
 from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.presence import Presence
+from onevoice.extraction.windows import Spool
 from onevoice.models import ModelConfig
 from onevoice.processes import ordered_map
 from onevoice.trials import FolderTrials, TrialsConfig, open_trials
@@ -103,6 +105,8 @@ class Estimator:
     """The rate in Hz at which the trials are read and judged."""
     is_timed: bool = False
     """Whether the time of `estimate` says something about speed."""
+    presence: Callable[[Mono, Mono], Presence] | None = None
+    """Returns where the voice is heard, from mixture and estimate; None if the estimates do not tell."""
     notes: tuple[str, ...] = ()
     """What is unusual about the estimates."""
 
@@ -114,7 +118,14 @@ def network(extractor: Extractor) -> Estimator:
         waves = extractor.estimate(batch).numpy()
         return [wave[:length].copy() for wave, length in zip(waves, batch["audio_length"].tolist(), strict=True)]
 
-    return Estimator(estimate, extractor.sample_rate, is_timed=True)
+    def presence(mixture: Mono, estimate: Mono) -> Presence:
+        with Spool() as heard, Spool() as estimated:
+            heard.append(mixture)
+            estimated.append(estimate)
+            return extractor.presence(heard, estimated)
+
+    has_level = extractor.card.config.has_level
+    return Estimator(estimate, extractor.sample_rate, is_timed=True, presence=presence if has_level else None)
 
 
 def baseline(name: BaselineName, sample_rate: int) -> Estimator:
@@ -211,6 +222,7 @@ def _estimates(
             target, mixture = (batch["target"][row, :length].numpy(), batch["audio"][row, :length].numpy())
             enrollment = batch["ref"][row, : int(batch["ref_length"][row])].numpy()
             heard = Heard(name, estimate, target, mixture, enrollment, data.sample_rate)
+            presence = None if estimator.presence is None else estimator.presence(mixture, estimate)
             yield EstimatedTrial(
                 name,
                 estimate,
@@ -221,6 +233,8 @@ def _estimates(
                 _hash_audio(batch, row, data.sample_rate),
                 round(seconds * length / sum(lengths), 6) if estimator.is_timed else None,
                 None if listener is None else listener(heard),
+                None if presence is None else presence.score_db,
+                None if presence is None else presence.is_present,
             )
 
 

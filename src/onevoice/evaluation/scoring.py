@@ -41,6 +41,8 @@ class EstimatedTrial(NamedTuple):
     audio_hash: str | None = None
     network_seconds: float | None = None
     more: dict[str, float | None] | None = None
+    presence_db: float | None = None
+    heard: bool | None = None
     """Other numbers of the estimate, by the name of their column."""
 
 
@@ -53,6 +55,8 @@ def score_trial(trial: EstimatedTrial, sample_rate: int, names: Sequence[MetricN
     known: dict[str, Any] = {
         **trial.facts._asdict(),
         "enrollment_seconds": trial.enrollment_seconds,
+        "presence_db": trial.presence_db,
+        "heard": trial.heard,
         "audio_hash": trial.audio_hash,
         "network_seconds": trial.network_seconds,
         "more": trial.more or {},

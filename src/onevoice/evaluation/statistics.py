@@ -106,6 +106,35 @@ def confusion_rate(rows: Iterable[TrialRow]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
+def equal_error(present: Sequence[float], absent: Sequence[float]) -> tuple[float, float]:
+    """Return the equal error rate (0 to 1) of scores that are higher if the target is present, and its threshold."""
+    thresholds = np.sort(np.concatenate([present, absent]))
+    misses = np.searchsorted(np.sort(present), thresholds) / len(present)
+    alarms = 1 - np.searchsorted(np.sort(absent), thresholds) / len(absent)
+    best = int(np.abs(misses - alarms).argmin())
+    return float(misses[best] + alarms[best]) / 2, float(thresholds[best])
+
+
+def summarize_presence(rows: Sequence[TrialRow]) -> dict[str, float | None] | None:
+    """Return how often it is wrong whether the voice is there: None unless the network gives a score of it.
+
+    The equal error rate is None without trials of both kinds, and a rate without trials of its own.
+    """
+    scored = [(row.absent, row.heard, row.presence_db) for row in rows if row.presence_db is not None]
+    if not scored:
+        return None
+    present, absent = ([score for is_absent, _, score in scored if is_absent == kind] for kind in (False, True))
+    silences = [not heard for is_absent, heard, _ in scored if not is_absent]
+    outputs = [bool(heard) for is_absent, heard, _ in scored if is_absent]
+    rate, threshold = equal_error(present, absent) if present and absent else (None, None)
+    return {
+        "false_silence_rate": float(np.mean(silences)) if silences else None,
+        "false_output_rate": float(np.mean(outputs)) if outputs else None,
+        "equal_error_rate": rate,
+        "equal_error_threshold_db": threshold,
+    }
+
+
 def summarize_rows(rows: Sequence[TrialRow]) -> dict[str, Any]:
     """Return the statistics of trials with a target, by the keys that the summary and each of its groups have."""
     names = dict.fromkeys(name for row in rows for name in row.numbers)

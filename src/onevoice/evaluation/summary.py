@@ -20,6 +20,7 @@ from onevoice.evaluation.statistics import (
     failure_rate,
     summarize,
     summarize_groups,
+    summarize_presence,
     summarize_rows,
 )
 
@@ -82,6 +83,7 @@ class Report:
             "failure_threshold_db": FAILURE_DB,
             "confusion_rate": self.confusion_rate,
             "attenuation_db": asdict(summarize([t.attenuation_db for t in self.absent])) if self.absent else None,
+            "presence": summarize_presence(self.trials),
             "refusals": self.refusals(),
             "left_out": list(self.left_out),
             "notes": list(self.notes),
@@ -135,6 +137,13 @@ def format_report(report: Report) -> str:
         s = summarize([trial.attenuation_db for trial in report.absent])
         lines.append(f"target absent: {s.count} trials, attenuation mean {s.mean:.2f} dB, median {s.median:.2f} dB")
     lines += _lines_of_listening(report)
+    presence = summarize_presence(report.trials)
+    if presence is not None and presence["equal_error_rate"] is not None:
+        lines.append(
+            "presence false output {:.1f} %, false silence {:.1f} %, equal error rate {:.1f} %".format(
+                *(100 * (presence[f"{key}_rate"] or 0.0) for key in ("false_output", "false_silence", "equal_error"))
+            )
+        )
     lines.append(f"trials   {len(report.present)} with the target, {len(report.absent)} without")
     if report.left_out:
         lines.append(f"skipped  {len(report.left_out)} trials that are missing or damaged, first {report.left_out[0]}")
