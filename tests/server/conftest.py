@@ -1,12 +1,17 @@
 """Toy recordings, and servers of a tiny network."""
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
-from tiny import save_tiny
+from tiny import TINY, save_tiny
 from voices import Voice
 
 from onevoice.audio import write_audio
@@ -21,7 +26,8 @@ RATE = 8000
 
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory: pytest.TempPathFactory) -> Extractor:
-    return load(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors"), device="cpu")
+    config = replace(TINY, has_level=True)
+    return load(save_tiny(tmp_path_factory.mktemp("weights") / "tiny.safetensors", config), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,20 @@ def service(extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> I
 def client(service: Service) -> Iterator[TestClient]:
     with TestClient(create_app(service), base_url="http://localhost") as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[str]:
+    """A server in a thread."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
 
 
 def noise(seconds: float) -> np.ndarray:

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from tiny import save_tiny
 
 from onevoice.audio import read_audio
-from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.recording import extract_file
+from onevoice.server.app import create_app
 from onevoice.server.schemas import Extraction
-from onevoice.server.service import Service
+from onevoice.server.service import Service, open_service
+from onevoice.server.settings import Settings
 
 
 def files(sounds: Path, *fields: str) -> list[tuple[str, Any]]:
@@ -94,12 +97,37 @@ def test_a_person_found_in_the_mixture(client: TestClient, sounds: Path) -> None
     assert extract(client, sounds, recording=number, person=1)["status"] == "done"
 
 
-def test_several_enrollments_and_a_muted_rest(client: TestClient, sounds: Path) -> None:
+def test_several_enrollments(client: TestClient, sounds: Path) -> None:
     answer = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment", "enrollment"))
     assert answer.status_code == 201
-    muted = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment"), data={"absent": "mute"})
-    assert muted.status_code == 422  # these weights cannot tell where the voice is absent
-    assert "do not tell" in muted.json()["detail"]
+
+
+def test_where_the_voice_is_heard(client: TestClient, sounds: Path, tmp_path: Path, extractor: Extractor) -> None:
+    job = extract(client, sounds, "mixture", "enrollment", absent="mute")
+    page = tmp_path / "t.csv"
+    expected = extract_file(
+        extractor, sounds / "mixture.wav", sounds / "enrollment.wav", tmp_path / "e.wav",
+        absent_db=float("inf"), timeline=page,
+    )  # fmt: skip
+    assert client.get(job["result"]["files"]["voice.wav"]).content == (tmp_path / "e.wav").read_bytes()
+    assert expected.presence is not None
+    assert job["result"]["presence"]["score_db"] == expected.presence.score_db
+    assert client.get(job["result"]["files"]["voice.csv"]).text == (
+        page.read_text().replace("mixture,enrollment,", "mixture,voice,")
+    )
+    overview = client.get(f"/v1/extractions/{job['id']}/overview").json()
+    np.testing.assert_allclose(overview["presence_db"], expected.presence.levels_db, atol=0.051)
+
+
+def test_weights_that_cannot_tell(sounds: Path, tmp_path: Path) -> None:
+    extractor = load(save_tiny(tmp_path / "tiny.safetensors"), device="cpu")
+    with open_service(extractor, Settings(tmp_path / "voices")) as service:
+        client = TestClient(create_app(service), base_url="http://localhost")
+        job = extract(client, sounds, "mixture", "enrollment")
+        assert job["result"]["presence"] is None
+        assert not [name for name in job["result"]["files"] if name.endswith(".csv")]
+        muted = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment"), data={"absent": "mute"})
+        assert (muted.status_code, "do not tell" in muted.json()["detail"]) == (422, True)
 
 
 def test_a_job_that_is_followed(client: TestClient, sounds: Path) -> None:

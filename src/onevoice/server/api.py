@@ -37,7 +37,7 @@ def service_of(request: Request) -> Service:
 
 
 Serving = Annotated[Service, Depends(service_of)]
-Id = Annotated[str, PathParameter(pattern="^[0-9a-f]{32}$")]
+Id = Annotated[str, PathParameter(alias="id", pattern="^[0-9a-f]{32}$")]
 PROBLEM: dict[str, Any] = {"model": Problem, "content": {MEDIA_TYPE: {}}, "description": "A problem (RFC 9457)"}
 
 
@@ -98,20 +98,20 @@ async def upload_recording(request: Request, service: Serving) -> schemas.Record
     return (await service.keep_recording(request)).describe()
 
 
-@router.get("/recordings/{number}", tags=["recordings"])
+@router.get("/recordings/{id}", tags=["recordings"])
 def get_recording(number: Id, service: Serving) -> schemas.Recording:
     """Return what is known about a recording."""
     return service.recordings.get(number).describe()
 
 
-@router.get("/recordings/{number}/overview", tags=["recordings"])
+@router.get("/recordings/{id}/overview", tags=["recordings"])
 async def get_recording_overview(number: Id, service: Serving) -> schemas.Overview:
     """Return the waveform and the spectrogram of a recording."""
     return await service.on_files(service.recordings.get(number).overview)
 
 
 @router.get(
-    "/recordings/{number}/audio", tags=["recordings"], responses=_ranges("audio/flac"),
+    "/recordings/{id}/audio", tags=["recordings"], responses=_ranges("audio/flac"),
     response_class=FileResponse,
 )  # fmt: skip
 async def get_recording_audio(number: Id, service: Serving) -> FileResponse:
@@ -120,13 +120,13 @@ async def get_recording_audio(number: Id, service: Serving) -> FileResponse:
     return FileResponse(path, media_type="audio/flac")
 
 
-@router.get("/recordings/{number}/voices", tags=["recordings"])
+@router.get("/recordings/{id}/voices", tags=["recordings"])
 async def find_voices(number: Id, service: Serving) -> list[schemas.Person]:
     """Return the people who speak in a recording, found without any enrollment."""
     return await service.find_people(service.recordings.get(number))
 
 
-@router.delete("/recordings/{number}", status_code=204, tags=["recordings"])
+@router.delete("/recordings/{id}", status_code=204, tags=["recordings"])
 def delete_recording(number: Id, service: Serving) -> None:
     """Delete a recording. Extractions from it keep their own."""
     service.recordings.delete(number)
@@ -160,13 +160,13 @@ async def save_voice(request: Request, response: Response, service: Serving) -> 
     return saved
 
 
-@router.get("/voices/{number}", tags=["voices"])
+@router.get("/voices/{id}", tags=["voices"])
 def get_voice(number: Id, service: Serving) -> schemas.SavedVoice:
     """Return what is known about a saved voice."""
     return service.voices.describe(number)
 
 
-@router.delete("/voices/{number}", status_code=204, tags=["voices"])
+@router.delete("/voices/{id}", status_code=204, tags=["voices"])
 def delete_voice(number: Id, service: Serving) -> None:
     """Delete a saved voice."""
     service.voices.delete(number)
@@ -213,26 +213,26 @@ async def extract(
     return describe(service, job)
 
 
-@router.get("/extractions/{number}", tags=["extractions"])
+@router.get("/extractions/{id}", tags=["extractions"])
 def get_extraction(number: Id, service: Serving) -> schemas.Extraction:
     """Return the state of an extraction, and its result once it is done."""
     return describe(service, service.jobs.get(number))
 
 
 @router.get(
-    "/extractions/{number}/events", tags=["extractions"], response_class=StreamingResponse,
+    "/extractions/{id}/events", tags=["extractions"], response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"}},
 )  # fmt: skip
 async def follow(number: Id, service: Serving) -> StreamingResponse:
     """Send the state of an extraction whenever it changes, as server-sent events, until it ends.
 
-    Each event has the type `state` and the JSON of `GET /v1/extractions/{number}` as its data; the last one is of a job
+    Each event has the type `state` and the JSON of `GET /v1/extractions/{id}` as its data; the last one is of a job
     that is done or failed, or has the type `deleted`.
     """
     return StreamingResponse(_events(service, service.jobs.get(number)), media_type="text/event-stream")
 
 
-@router.get("/extractions/{number}/overview", tags=["extractions"])
+@router.get("/extractions/{id}/overview", tags=["extractions"])
 async def get_overview(number: Id, service: Serving) -> schemas.Overview:
     """Return waveforms and spectrograms of mixture, voice and residual, and where the voice is heard."""
     job = _done(service.jobs.get(number))
@@ -241,7 +241,7 @@ async def get_overview(number: Id, service: Serving) -> schemas.Overview:
 
 
 @router.get(
-    "/extractions/{number}/files/{name}", tags=["extractions"], responses=_ranges(*TYPES.values()),
+    "/extractions/{id}/files/{name}", tags=["extractions"], responses=_ranges(*TYPES.values()),
     response_class=FileResponse,
 )  # fmt: skip
 async def get_file(number: Id, name: FileName, service: Serving) -> FileResponse:
@@ -256,7 +256,7 @@ async def get_file(number: Id, name: FileName, service: Serving) -> FileResponse
     return FileResponse(path, media_type=TYPES[path.suffix], filename=shown, content_disposition_type=kind)
 
 
-@router.delete("/extractions/{number}", status_code=204, tags=["extractions"])
+@router.delete("/extractions/{id}", status_code=204, tags=["extractions"])
 def delete_extraction(number: Id, service: Serving) -> None:
     """Delete an extraction and its files; stop it if it is not done."""
     service.jobs.delete(number)
