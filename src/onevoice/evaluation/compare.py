@@ -21,6 +21,8 @@ from onevoice.evaluation.statistics import bootstrap_interval
 
 SHOWN = 5
 """Best and worst trials in the printed text."""
+MIN_P = 0.001
+"""Smaller p values are not printed exactly."""
 MAIN_COLUMN = "si_sdr_improvement"
 
 
@@ -69,10 +71,10 @@ class Comparison:
         width = max(len(title_of(column)) for column in self.differences)
         for column, each in self.differences.items():
             low, high = each.interval_95
-            unit = unit_of(column)
+            unit, sign = unit_of(column), "" if each.p < MIN_P else "= "
             lines.append(
                 f"{title_of(column):<{width}}  {each.reference:.3f} -> {each.other:.3f}{unit}  "
-                f"{each.difference:+.3f}{unit}  (95 % interval {low:+.3f} to {high:+.3f}, p = {format_p(each.p)}, "
+                f"{each.difference:+.3f}{unit}  (95 % interval {low:+.3f} to {high:+.3f}, p {sign}{format_p(each.p)}, "
                 f"{each.higher} higher, {each.lower} lower, n = {each.count})"
             )
         title, shown = title_of(self.by), min(SHOWN, len(self.ranking) // 2)
@@ -209,7 +211,7 @@ def unit_of(column: str) -> str:
 
 def format_p(p: float) -> str:
     """Return a p value as text."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return f"< {MIN_P}" if p < MIN_P else f"{p:.3f}"
 
 
 def short_names(results: Sequence[Result]) -> list[str]:
