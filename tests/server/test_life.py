@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny import command, save_tiny
+from tiny import command, process, save_tiny
 
 from onevoice.audio import encode_audio, read_audio
 from onevoice.errors import ConfigError
@@ -185,6 +185,13 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
         done = command(capsys, "serve", *options)
         assert done.status == 2
         assert words in done.err
+
+
+def test_without_the_packages_of_the_server(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['fastapi'] = None; from onevoice.cli import main; main(['serve'])"
+    done = process(["-c", code])
+    assert done.status == 2
+    assert done.err == 'onevoice: error: serve needs fastapi: pip install "onevoice[serve]"\n'
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def test_on_a_phone_with_the_microphone(browser: Any, address: str, shots: Path,
     junk.write_bytes(b"junk")
     page.set_input_files("#mixture-file", junk)
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error").startswith("Junk.wav: cannot be decoded")
+    assert page.inner_text("#error").startswith("junk.wav: cannot be decoded")
     tab.shoot("4-error")
     junk.unlink()
     assert [word for word in tab.words if "422" not in word] == []  # the browser logs the answer itself

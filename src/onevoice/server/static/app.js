@@ -13,12 +13,12 @@
   /* Requests. Errors are problem details; their `detail` is for people. */
 
   const problemOf = (text, status) => {
-    try { return new Error(JSON.parse(text).detail); } catch { return new Error(`the server answered with status ${status}`); }
+    try { return new Error(JSON.parse(text).detail); } catch { return new Error(`The server answered with status ${status}`); }
   };
 
   const call = async (method, path, body) => {
     let answer;
-    try { answer = await fetch(path, {method, body}); } catch { throw new Error("the server does not answer; is it still running?"); }
+    try { answer = await fetch(path, {method, body}); } catch { throw new Error("The server does not answer; is it still running?"); }
     if (!answer.ok) throw problemOf(await answer.text(), answer.status);
     return answer.status === 204 ? null : answer.json();
   };
@@ -28,7 +28,7 @@
     const request = new XMLHttpRequest();
     request.open("POST", path);
     request.upload.onprogress = (event) => event.lengthComputable && report(event.loaded / event.total);
-    request.onerror = () => reject(new Error("the upload broke off; is the server still running?"));
+    request.onerror = () => reject(new Error("The upload broke off; is the server still running?"));
     request.onload = () => {
       if (request.status < 300) resolve(JSON.parse(request.responseText));
       else reject(problemOf(request.responseText, request.status));
@@ -43,7 +43,7 @@
   };
 
   const complain = (error) => {
-    $("#error").textContent = error === null ? "" : `${error.message[0].toUpperCase()}${error.message.slice(1)}.`.replace(/\.\.$/, ".");
+    $("#error").textContent = error === null ? "" : `${error.message}.`.replace(/\.\.$/, ".");
     show("#error", error !== null);
     if (error !== null) $("#error").scrollIntoView({block: "nearest"});
   };
@@ -160,7 +160,7 @@
       requestAnimationFrame(() => this.follow());
       try { await audio.play(); } catch (error) {
         this.mark(false);
-        if (error.name !== "AbortError") throw new Error("this sound cannot be played");
+        if (error.name !== "AbortError") throw new Error("This sound cannot be played");
       }
     }
 
@@ -231,10 +231,10 @@
     let recorder = null;
     when(button, "click", async () => {
       if (recorder !== null) { recorder.stop(); return; }
-      if (!navigator.mediaDevices) throw new Error("the browser gives the microphone only to https pages and to localhost");
+      if (!navigator.mediaDevices) throw new Error("The browser gives the microphone only to https pages and to localhost");
       let stream;
       try { stream = await navigator.mediaDevices.getUserMedia({audio: {echoCancellation: false, noiseSuppression: false, autoGainControl: false}}); }
-      catch { throw new Error("the microphone cannot be used; allow it in the browser, or choose a file"); }
+      catch { throw new Error("The microphone cannot be used; allow it in the browser, or choose a file"); }
       const pieces = [], begin = Date.now();
       const tick = setInterval(() => { label.textContent = `Stop (${clock((Date.now() - begin) / 1000).slice(0, -2)})`; }, 200);
       recorder = new MediaRecorder(stream);
@@ -529,7 +529,7 @@
     events.onerror = () => {
       if (events.readyState !== EventSource.CLOSED) return;
       endRunning();
-      complain(new Error("the server no longer knows this extraction"));
+      complain(new Error("The server no longer knows this extraction"));
     };
   };
 
@@ -653,10 +653,10 @@
     const server = state.server = await call("GET", "/v1/server");
     show("#sign-in", server.needs_token && !server.is_allowed);
     show("#work", server.is_allowed);
-    const hours = server.max_seconds / 3600, minutes = Math.round(server.ttl_seconds / 60);
+    const longest = server.max_seconds, minutes = Math.round(server.ttl_seconds / 60);
     const formats = server.has_ffmpeg ? "Any audio or video format" : "WAV, FLAC, MP3, Ogg or Opus";
     const kept = `${minutes} ${minutes === 1 ? "minute" : "minutes"}`;
-    $("#limits").textContent = `${formats}, up to ${hours >= 1 ? `${+hours.toFixed(1)} hours` : `${Math.round(60 * hours)} minutes`} and ${Math.round(server.max_bytes / 1e6)} MB.`;
+    $("#limits").textContent = `${formats}, up to ${longest >= 5400 ? `${+(longest / 3600).toFixed(1)} hours` : longest >= 90 ? `${Math.round(longest / 60)} minutes` : `${longest} seconds`} and ${Math.round(server.max_bytes / 1e6)} MB.`;
     $("#privacy").textContent = `Recordings go to this server and nowhere else. They and the results are deleted when you say so, after ${kept} at the latest, and when the server ends. Voices are saved only when you ask. onevoice ${server.version}`;
     if (server.needs_token && !server.is_allowed) $("#token").focus();
     lookReady();
