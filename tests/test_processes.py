@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from onevoice.errors import CorpusError, WorkerError
-from onevoice.processes import STOP_SIGNALS, ordered_map, stop_requests
+from onevoice.processes import STOP_SIGNALS, ordered_map, stop_requests, wait_asleep
 
 
 def make_adder(amount: int) -> Callable[[int], int]:
@@ -69,6 +69,25 @@ def test_workers_use_one_thread_and_the_parent_keeps_its_own(monkeypatch: pytest
     assert list(ordered_map(make_reader_of_variables, names, 2)) == ["1", "1"]
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+def test_threads_wait_asleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    wait_asleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    wait_asleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+@pytest.mark.parametrize(("verb", "is_set"), [("extract", True), ("train", False)])
+def test_commands_set_it_before_torch_loads(verb: str, is_set: bool) -> None:
+    code = "import os, sys\nfrom onevoice import cli\n"
+    code += "cli.app = lambda *_, **__: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)\n"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", f"{code}cli.main(['{verb}'])"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str("passive" if is_set else None), "False"]
 
 
 def test_handlers_are_restored() -> None:

@@ -15,6 +15,7 @@ from cyclopts.exceptions import ArgumentOrderError, RepeatArgumentError, Unknown
 
 from onevoice.cli import data, evaluation, reports, serving, training, using, voices
 from onevoice.errors import OnevoiceError
+from onevoice.processes import wait_asleep
 
 app = App(
     name="onevoice",
@@ -45,6 +46,8 @@ app.command(data.corpus_app)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with `argv` (the process's arguments by default) and exit."""
     arguments = [using.PIPE if word == "-" else word for word in (sys.argv[1:] if argv is None else argv)]
+    if arguments[:1] != ["train"]:  # a training usually has the cores for itself
+        wait_asleep()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
