@@ -6,6 +6,7 @@
 Toy trials at 16 kHz go through a tiny network, so that the metrics take nearly all of the time. Every run includes the
 start of its processes, as a user's run does. Runs alternate; the table shows medians.
 
+per core trials per second of computing scores: what one core can do, whatever else the machine does
 busy     share of the time of all processes in which they compute scores; starting them lowers it
 PESQ     share of that in PESQ's own C code
 pystoi   share of that in pystoi, which is Python over NumPy and SciPy
@@ -74,6 +75,7 @@ def run(extractor: Any, config: Any, jobs: int) -> dict[str, float]:
     score, pesq, pystoi = (sum(row.more[stage] for row in rows) for stage in STAGES)
     return {
         "trials/s": len(rows) / wall,
+        "per core": len(rows) / score,
         "busy": score / jobs / wall,
         "PESQ": pesq / score,
         "pystoi": pystoi / score,
@@ -119,8 +121,8 @@ def main() -> None:
     print(f"{'processes':>10}" + "".join(f"{column:>10}" for column in columns))
     for count in jobs:
         middle = {column: statistics.median(each[column] for each in runs[count]) for column in columns}
-        shares = "".join(f"{100 * middle[column]:8.1f} %" for column in columns[1:])
-        print(f"{count:10}{middle['trials/s']:10.2f}{shares}")
+        shares = "".join(f"{100 * middle[column]:8.1f} %" for column in columns[2:])
+        print(f"{count:10}{middle['trials/s']:10.2f}{middle['per core']:10.2f}{shares}")
 
 
 if __name__ == "__main__":
