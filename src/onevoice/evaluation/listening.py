@@ -137,7 +137,7 @@ def dnsmos(sound: Mono, session: Any) -> Numbers:
         sound = np.concatenate([sound, sound])
     count = int(len(sound) // DNSMOS_RATE - DNSMOS_SECONDS) + 1
     starts = range(0, count * DNSMOS_RATE, DNSMOS_RATE)
-    windows = [sound[start : start + size] for start in starts if start + size <= len(sound)]
+    windows = [sound[start : start + size] for start in starts]
     raw = np.stack([session.run(None, {"input_1": window[None].astype(np.float32)})[0][0] for window in windows])
     return {
         name: float(np.polyval(scale, raw[:, column]).mean())
