@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -153,15 +153,22 @@ class BandSplitExtractor(Network):
         With `causal`, first scale each frame to unit power by the level of its past.
         """
         bins = torch.view_as_real(spectrum[:, :, : self.config.bins])
-        energy = bins.square().sum(3, keepdim=True)
-        if self.config.causal:
-            frames = F.pad(energy.mean(2).transpose(1, 2), (self.config.level_frames - 1, 0))
-            seen = torch.arange(1, bins.shape[1] + 1, device=bins.device).clamp(max=self.config.level_frames)
-            level = F.avg_pool1d(frames, self.config.level_frames, 1).transpose(1, 2) * self.config.level_frames
-            power = (level / seen[:, None] + LEVEL_FLOOR)[..., None]
-            bins, energy = bins * power**-0.5, energy / power
-        compressed: Tensor = bins * (energy + FLOOR**2) ** -0.25
-        return compressed
+        if not self.config.causal:
+            return compress(bins, None)
+        powers = bins.square().sum(3).mean(2)
+        return compress(bins, self.past_level(F.pad(powers, (self.config.level_frames - 1, 0)), 0))
+
+    def past_level(
+        self, powers: Float[Tensor, "batch _all_frames"], before: int | Int[Tensor, " 1"]
+    ) -> Float[Tensor, "batch frames 1 1"]:
+        """Return the level of the past of each frame, from the powers of `level_frames` − 1 more frames.
+
+        `before` counts the frames heard before the first one; powers older than that are zero.
+        """
+        reach = self.config.level_frames
+        total = F.avg_pool1d(powers[:, None], reach, 1).transpose(1, 2) * reach
+        seen = (before + torch.arange(1, total.shape[1] + 1, device=powers.device)).clamp(max=reach)
+        return (total / seen[:, None] + LEVEL_FLOOR)[..., None]
 
     def _frame_count(self, samples: int) -> int:
         return -(-samples // self.config.hop) + 1
@@ -171,3 +178,12 @@ class BandSplitExtractor(Network):
         count = None if length is None else torch.div(length - 1, self.config.hop, rounding_mode="floor") + 2
         valid = valid_mask(self._frame_count(audio.shape[1]), count, audio)
         return None if valid is None else valid[:, :, None, None]
+
+
+def compress(bins: Spectrum, power: Float[Tensor, "batch frames 1 1"] | None) -> Spectrum:
+    """Return bins with the square root of their magnitude, after scaling each frame to unit power if one is given."""
+    energy = bins.square().sum(3, keepdim=True)
+    if power is not None:
+        bins, energy = bins * power**-0.5, energy / power
+    compressed: Tensor = bins * (energy + FLOOR**2) ** -0.25
+    return compressed
