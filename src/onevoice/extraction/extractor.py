@@ -37,17 +37,19 @@ from onevoice.audio import (
 )
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.checkpoint import Card, load_model, resolve
+from onevoice.extraction.engine import FirstVoice, TorchEngine
 from onevoice.extraction.presence import THRESHOLD_DB, Presence, measure_presence
+from onevoice.extraction.stream import Stream
 from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import Voice, clipped_share, examine, trim
 from onevoice.extraction.windows import (
-    Plan,
     Spool,
     estimate_windows,
     fill_spools,
     least_residual_gain,
     make_plan,
     measure_level,
+    resume_at,
 )
 from onevoice.models import Batch, ModelConfig, Network, to_network
 from onevoice.models.base import Level, pick_device
@@ -97,6 +99,22 @@ class Extractor:
             digest.update(name.encode())
             digest.update(value.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def engine(self) -> TorchEngine:
+        """Runs the network in steps. Raises `ConfigError` for a network that needs the whole recording."""
+        return TorchEngine(self.model, self.model_hash)
+
+    def stream(self, voice: Voice | None, sample_rate: int, strength: float = 1.0) -> Stream:
+        """Return a stream that takes a voice out of blocks as they come; None passes them through."""
+        return Stream(self.engine, voice, sample_rate, strength)
+
+    def live(self, sample_rate: int, background: bool = True) -> Stream:
+        """Return a stream that passes blocks through until it has heard 3 s of one voice, and then extracts that.
+
+        The search takes a part of a second, now and then; with `background` no block waits for it.
+        """
+        return Stream(self.engine, None, sample_rate, listen=FirstVoice(self.enroll, sample_rate, background))
 
     def enroll(
         self,
@@ -306,13 +324,6 @@ def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:
 def match_level(estimate: Mono, mixture: Mono, max_gain: float = math.inf) -> Mono:
     """Scale `estimate` by the gain within ±`max_gain` that leaves the least energy in `mixture − gain · estimate`."""
     return (least_residual_gain([estimate], [mixture], max_gain) * estimate.astype(np.float64)).astype(np.float32)
-
-
-def resume_at(plan: Plan, estimate: Spool) -> int:
-    """Cut an unfinished estimate to whole windows; return the number of windows that are done."""
-    done = plan.count if estimate.samples >= plan.samples else estimate.samples // plan.core
-    estimate.cut(min(done * plan.core, plan.samples))
-    return done
 
 
 def at_rate(

@@ -78,7 +78,7 @@ class RateConverter:
             return np.zeros(0, np.float32)
         taps = filter_bank(self.up, self.down)
         windows = np.lib.stride_tricks.sliding_window_view(heard, 2 * self.reach)
-        return np.einsum("ot,ot->o", windows[whole - self.reach + 1], taps[phase])
+        return np.asarray(np.einsum("ot,ot->o", windows[whole - self.reach + 1], taps[phase]))
 
 
 @functools.lru_cache(maxsize=8)
@@ -89,4 +89,4 @@ def filter_bank(up: int, down: int) -> Float[np.ndarray, "up taps"]:
     offset = np.arange(1 - reach, reach + 1) - np.arange(up)[:, None] / up
     window = np.i0(BETA * np.sqrt(np.clip(1 - (offset / reach) ** 2, 0, None))) / np.i0(BETA)
     taps = np.sinc(offset * CUTOFF / width) * window
-    return (taps / taps.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray(taps / taps.sum(1, keepdims=True), np.float32)

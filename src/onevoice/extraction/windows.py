@@ -163,6 +163,13 @@ def make_plan(config: NetworkConfig, samples: int) -> Plan:
     return Plan(samples, core, around_samples, fade)
 
 
+def resume_at(plan: Plan, estimate: Spool) -> int:
+    """Cut an unfinished estimate to whole windows; return the number of windows that are done."""
+    done = plan.count if estimate.samples >= plan.samples else estimate.samples // plan.core
+    estimate.cut(min(done * plan.core, plan.samples))
+    return done
+
+
 def estimate_windows(
     estimate: Estimate, plan: Plan, mixture: Spool, level: Level, begin: int = 0, threads: int = 1
 ) -> Iterator[Mono]:

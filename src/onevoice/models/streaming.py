@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from onevoice.errors import ConfigError
 from onevoice.models.bandsplit import BandSplitExtractor, compress
-from onevoice.models.bandsplit_blocks import Attention, Bands, Film, Heads, Spectrum
+from onevoice.models.bandsplit_blocks import Attention, Bands, Film, Heads, Spectrum, TimeBlock
 from onevoice.models.base import Embedding, Network, Wave
 
 State = dict[str, Tensor]
@@ -76,8 +76,10 @@ class Step(nn.Module):
     def start(self, batch: int = 1) -> State:
         """Return the state at the start of a stream: silence."""
         config, like = self.model.config, self.analysis
+        shapes: dict[str, tuple[int, ...]]
         shapes = {"input": (self.hop,), "overlap": (self.hop,), "powers": (config.level_frames - 1,)}
         for index, block in enumerate(self.model.time):
+            assert isinstance(block, TimeBlock)
             shapes[f"convolution_{index}"] = block.reach, config.band_count, config.hidden
         for name in self.model.attention:
             head = config.heads, config.attention_frames
@@ -89,9 +91,10 @@ class Step(nn.Module):
     def forward(self, samples: Wave, voice: VoiceTensors, state: State) -> tuple[Wave, State]:
         """Return the next samples, one hop behind `samples`, and the next state."""
         model, after = self.model, dict(state)
-        blocks = torch.cat([state["input"], samples], dim=1).unflatten(1, (-1, self.hop))
+        blocks = torch.cat([state["input"], samples], dim=1).reshape(len(samples), -1, self.hop)
         after["input"] = blocks[:, -1]
-        bins = (torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2) @ self.analysis).unflatten(2, (-1, 2))
+        spectrum = torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2) @ self.analysis
+        bins = spectrum.reshape(*spectrum.shape[:2], -1, 2)
         frames = model.split(self._compress(bins, state, after))
         for index, film in enumerate(voice.films.unbind(1)):
             frames = self._convolve(index, frames, film[:, None], state, after)
@@ -107,7 +110,7 @@ class Step(nn.Module):
         real, imaginary = bins.unbind(3)
         masked = [real * mask_real - imaginary * mask_imaginary, real * mask_imaginary + imaginary * mask_real]
         windows = torch.stack(masked, dim=3).flatten(2) @ self.synthesis
-        first, second = windows.split(self.hop, dim=2)
+        first, second = windows.chunk(2, dim=2)
         overlap = torch.cat([state["overlap"][:, None], second], dim=1)
         after["overlap"] = overlap[:, -1]
         limit = max(model.config.level_frames, model.config.attention_frames)
@@ -121,10 +124,10 @@ class Step(nn.Module):
 
     def _convolve(self, index: int, frames: Bands, film: Film, state: State, after: State) -> Bands:
         block, name = self.model.time[index], f"convolution_{index}"
+        assert isinstance(block, TimeBlock)
         inputs = torch.cat([state[name], block.inputs(frames, film, None)], dim=1)
         after[name] = inputs[:, frames.shape[1] :]
-        result: Tensor = block.convolve(frames, inputs)
-        return result
+        return block.convolve(frames, inputs)
 
     def _attend(self, name: str, frames: Bands, state: State, after: State) -> Bands:
         attention = self.model.attention[name]
@@ -151,6 +154,6 @@ def fourier_matrices(window: int, bins: int) -> dict[str, Tensor]:
     shape = torch.hann_window(window, dtype=torch.float64).sqrt()
     scale = math.sqrt(window // 2)
     analysis = torch.fft.rfft(torch.diag(shape))[:, :bins] / scale
-    parts = torch.view_as_complex(torch.eye(2 * bins, dtype=torch.float64).unflatten(1, (bins, 2)))
+    parts = torch.view_as_complex(torch.eye(2 * bins, dtype=torch.float64).reshape(-1, bins, 2))
     synthesis = torch.fft.irfft(F.pad(parts, (0, window // 2 + 1 - bins)), window) * shape * scale
     return {"analysis": torch.view_as_real(analysis).flatten(1), "synthesis": synthesis}
