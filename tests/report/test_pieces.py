@@ -12,7 +12,16 @@ from pages import Page, decode
 from onevoice.report.charts import MAX_POINTS, histogram, line_chart, scatter
 from onevoice.report.page import Section, page, settings_table, table, text
 from onevoice.report.players import Track, players
-from onevoice.report.sounds import COLORS, RANGE_DB, ROWS, power_db, spectrogram_rgb, waveform_path
+from onevoice.report.sounds import (
+    COLORS,
+    RANGE_DB,
+    ROWS,
+    envelope_of,
+    power_db,
+    power_db_of,
+    spectrogram_rgb,
+    waveform_path,
+)
 
 
 def read(*pieces: str) -> Page:
@@ -133,6 +142,17 @@ def test_the_shortest_audio_has_pictures(length: int) -> None:
     samples = np.full(length, 0.5, np.float32)
     assert power_db(samples, 8000).shape[1] >= 1
     assert waveform_path(samples, 0.5).startswith("M")
+
+
+@pytest.mark.parametrize("samples", [1, 63, 64, 8000, 123_457])
+def test_a_recording_in_blocks_looks_as_it_does_whole(samples: int) -> None:
+    sound = np.random.default_rng(0).standard_normal(samples).astype("f4")
+    blocks = np.array_split(sound, 7)
+    np.testing.assert_array_equal(power_db_of(blocks, samples, 16_000), power_db(sound, 16_000))
+    low, high = envelope_of(blocks, samples, 300)
+    starts = np.arange(len(low)) * samples // len(low)
+    np.testing.assert_array_equal(low, np.minimum.reduceat(sound, starts))
+    np.testing.assert_array_equal(high, np.maximum.reduceat(sound, starts))
 
 
 def test_a_waveform_reaches_the_edges_at_its_peaks() -> None:

@@ -1,5 +1,6 @@
 """Toy recordings, and servers of a tiny network."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -65,9 +66,9 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    """A server in a thread."""
+@contextlib.contextmanager
+def serving(service: Service) -> Iterator[str]:
+    """Serve in a thread; yield the address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -77,6 +78,12 @@ def address(service: Service) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[str]:
+    with serving(service) as address:
+        yield address
 
 
 def noise(seconds: float) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from fastapi.testclient import TestClient
 from tiny import save_tiny
 
@@ -100,6 +101,22 @@ def test_a_person_found_in_the_mixture(client: TestClient, sounds: Path) -> None
 def test_several_enrollments(client: TestClient, sounds: Path) -> None:
     answer = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment", "enrollment"))
     assert answer.status_code == 201
+
+
+def test_each_channel(client: TestClient, sounds: Path, extractor: Extractor, tmp_path: Path) -> None:
+    mixture = read_audio(sounds / "mixture.wav")[0]
+    soundfile.write(tmp_path / "stereo.wav", np.stack([mixture, 0.5 * mixture[::-1]], axis=1), 8000, subtype="FLOAT")
+    stereo = ("mixture", ("stereo.wav", (tmp_path / "stereo.wav").read_bytes()))
+    answer = client.post("/v1/extractions", files=[stereo, *files(sounds, "enrollment")], data={"channel": "each"})
+    assert answer.status_code == 201
+    job = answer.json()
+    assert job["result"]["channels"] == 2
+    extract_file(
+        extractor, tmp_path / "stereo.wav", sounds / "enrollment.wav", tmp_path / "e.wav", channel="each"
+    )  # fmt: skip
+    assert client.get(job["result"]["files"]["voice.wav"]).content == (tmp_path / "e.wav").read_bytes()
+    (tmp_path / "m.flac").write_bytes(client.get(job["result"]["files"]["mixture.flac"]).content)
+    assert soundfile.read(tmp_path / "m.flac")[0].shape == (16_000, 2)
 
 
 def test_where_the_voice_is_heard(client: TestClient, sounds: Path, tmp_path: Path, extractor: Extractor) -> None:

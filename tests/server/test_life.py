@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_the_queue_has_positions_and_an_end(client: TestClient, sounds: Path, ga
         assert client.get(place).json()["status"] == "done"
         client.delete(place)
     assert list((service.folder / "extractions").iterdir()) == []
+
+
+def test_a_client_that_leaves_while_it_waits(address: str, sounds: Path, gate: Gate, service: Service) -> None:
+    """It never learned the id of its extraction, so that is deleted."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/extractions", files=order(sounds), timeout=httpx.Timeout(30, read=0.3))
+    deadline = time.monotonic() + 30
+    while any((service.folder / "extractions").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list((service.folder / "extractions").iterdir()) == []
+    assert service.jobs.count()[1] == 0
+
+
+def test_two_clients_that_delete_one_job(client: TestClient, sounds: Path, gate: Gate) -> None:
+    place = client.post("/v1/extractions?wait=0", files=order(sounds)).headers["location"]
+    assert gate.begun.acquire(timeout=10)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.delete(place).status_code, range(8)))
+    assert sorted(answers) == [204, *[404] * 7]
 
 
 def test_what_expires(extractor: Extractor, sounds: Path, tmp_path: Path) -> None:
@@ -150,6 +170,7 @@ def test_other_sites_may_not_use_the_server(client: TestClient, sounds: Path) ->
     assert post(origin="http://localhost") in (201, 202)
     assert client.get("/", headers={"host": "evil.example"}).status_code == 403
     assert client.get("/healthz", headers={"host": "[::1]:8000"}).status_code == 200
+    assert client.get("/healthz", headers={"host": "["}).status_code == 403
     answer = client.options(
         "/v1/voices", headers={"origin": "http://evil.example", "access-control-request-method": "POST"}
     )

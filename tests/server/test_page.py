@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, needs_browser
-from conftest import RATE
+from conftest import RATE, serving
 from voices import Voice
 
 from onevoice.audio import read_audio, write_audio
-from onevoice.server.service import Service
+from onevoice.extraction.extractor import Extractor
+from onevoice.server.service import Service, open_service
+from onevoice.server.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = needs_browser
@@ -222,6 +224,31 @@ def test_on_a_phone_with_the_microphone(browser: Any, address: str, shots: Path,
     junk.unlink()
     assert [word for word in tab.words if "422" not in word] == []  # the browser logs the answer itself
     tab.context.close()
+
+
+def test_signing_in(browser: Any, extractor: Extractor, shots: Path, tmp_path: Path) -> None:
+    token = "0123456789abcdef"
+    with (
+        open_service(extractor, Settings(tmp_path / "voices", token, is_local=False)) as service,
+        serving(service) as address,
+    ):
+        tab = Tab(browser, address, shots)
+        tab.shoot("0-sign-in")
+        tab.page.fill("#token", "wrong")
+        tab.page.click("#sign-in button")
+        tab.page.wait_for_selector("#error:not([hidden])")
+        assert "not the token" in tab.page.inner_text("#error")
+        tab.page.fill("#token", token)
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_selector("#work:not([hidden])")
+        tab.page.click("#sample")
+        tab.page.wait_for_selector("#voice-step:not([hidden])")
+        tab.page.click("#mixture-transport .play")
+        tab.until("+document.querySelector('#mixture-transport .position').value > 0.1")
+        tab.page.reload()
+        tab.page.wait_for_selector("#work:not([hidden])")
+        assert [word for word in tab.words if "403" not in word] == []
+        tab.context.close()
 
 
 def test_everything_is_reached_by_keyboard_and_has_a_name(browser: Any, address: str, shots: Path) -> None:

@@ -32,7 +32,7 @@ def test_answers_keep_to_the_description(api: Any) -> None:
     for operation in operations:
 
         @settings(
-            max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+            max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(case=operation.as_strategy())

@@ -18,7 +18,7 @@ from onevoice.server.files import TYPES, FileName, make_file, names_of
 from onevoice.server.folders import remove
 from onevoice.server.forms import ExtractionFields, RecordingFields, VoiceFields, body, described, parse_fields
 from onevoice.server.jobs import Job
-from onevoice.server.problems import MEDIA_TYPE, Problem, ProblemError, invalid
+from onevoice.server.problems import MEDIA_TYPE, Problem, ProblemError, invalid, not_found
 from onevoice.server.security import COOKIE, cookie_of, is_allowed, is_token
 from onevoice.server.service import Service, exactly
 from onevoice.streams import find_ffmpeg
@@ -205,6 +205,8 @@ async def extract(
         if await request.is_disconnected():
             service.jobs.delete(job.id)
             break
+    if job.is_deleted:
+        raise not_found(f"extraction {job.id}")
     if job.problem is not None:
         service.jobs.delete(job.id)
         raise ProblemError.of(job.problem)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from onevoice.errors import (
     AudioError,
@@ -123,7 +124,11 @@ def handle_errors(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return respond(of_fields(error.errors()))
 
+    async def of_nobody(_: Request, __: Exception) -> Response:
+        return Response(status_code=400)  # the client left; nobody reads this
+
     app.add_exception_handler(ProblemError, known)
+    app.add_exception_handler(ClientDisconnect, of_nobody)
     app.add_exception_handler(OnevoiceError, of_package)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(RequestValidationError, of_validation)
