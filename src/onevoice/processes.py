@@ -60,7 +60,7 @@ def ordered_map(
         for item in items:
             with _one_thread_each():  # submitting an item may start a process
                 pending.append(pool.submit(_work_on, item))
-            if len(pending) >= ITEMS_PER_WORKER * workers:
+            while pending and (len(pending) >= ITEMS_PER_WORKER * workers or pending[0].done()):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
