@@ -26,7 +26,7 @@ EMBEDDING = MODEL.embed(noise(1, 4000, seed=2)).detach()
 def run(step: Step, sound: Tensor, hops: list[int]) -> Tensor:
     """The estimate from steps of so many hops each, repeated."""
     padded = F.pad(sound, (0, -sound.shape[1] % HOP + HOP))
-    voice, state, parts, first = step.prepare(EMBEDDING.to(step.analysis)), step.start(), [], 0
+    voice, state, parts, first = step.prepare(EMBEDDING.to(step.fourier.analysis)), step.start(), [], 0
     while first < padded.shape[1]:
         size = hops[len(parts) % len(hops)] * HOP
         part, state = step(padded[:, first : first + size], voice, state)

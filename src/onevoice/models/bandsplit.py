@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from onevoice.models.bandsplit_blocks import (
     Attention,
     BandMask,
+    Bands,
     BandSplit,
     BandSplitConfig,
     FeedForward,
@@ -90,17 +91,21 @@ class BandSplitExtractor(Network):
             ref, ref_length = pad_to_whole_seconds(ref, ref_length, self.config.sample_rate)
         valid = self._valid(ref, ref_length)
         frames = self._step(BandSplit)(self.voice_split, self._compress(self._spectrum(ref)))
+        return self.embed_frames(frames, valid).to(ref.dtype)
+
+    def embed_frames(self, frames: Bands, valid: Valid | None) -> Embedding:
+        """Return the speaker embedding from the frames of the voice's own band split."""
         frames = self._run_block(self._step(TimeBlock), self.voice_time, frames, None, valid)
         frames = self._run_block(self._step(FullBand), self.voice_full, frames)
         frames = self._run_block(self._step(FeedForward), self.voice_feed, frames)
         normed = self.voice_norm(frames)
         mean = normed.mean(1) if valid is None else (normed * valid).sum(1) / valid.sum(1)
         # Pick frames at the middle of equal parts of each enrollment.
-        count = ref.new_full((len(ref),), frames.shape[1]) if valid is None else valid.sum((1, 2, 3))
-        middle = (torch.arange(self.config.voice_frames, device=ref.device) + 0.5) / self.config.voice_frames
+        count = normed.new_full((len(normed),), frames.shape[1]) if valid is None else valid.sum((1, 2, 3))
+        middle = (torch.arange(self.config.voice_frames, device=frames.device) + 0.5) / self.config.voice_frames
         flat = frames.flatten(2)
         picks = (middle * count[:, None]).long()[:, :, None].expand(-1, -1, flat.shape[2])
-        return torch.cat([mean.flatten(1), flat.gather(1, picks).flatten(1)], dim=1).to(ref.dtype)
+        return torch.cat([mean.flatten(1), flat.gather(1, picks).flatten(1)], dim=1)
 
     def _extract(self, audio: Wave, embedding: Embedding, audio_length: Lengths | None) -> tuple[Wave, ...]:
         valid = self._valid(audio, audio_length)

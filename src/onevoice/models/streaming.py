@@ -13,6 +13,7 @@ hops of all steps add up to the estimate of the network for the whole, however t
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,13 @@ class VoiceTensors(NamedTuple):
     """For the attention to the voice."""
     values: Heads
 
+    @classmethod
+    def of(cls, model: BandSplitExtractor, embedding: Embedding) -> "VoiceTensors":
+        """Return them for a speaker embedding."""
+        films, frames = model.split_embedding(embedding)
+        attention = model.voice_attention
+        return cls(torch.cat(films, dim=1), *attention.keys_and_values(attention.norm(frames)))
+
 
 def require_causal(model: Network) -> BandSplitExtractor:
     """Return the network if it can run in steps. Raises `ConfigError`."""
@@ -49,18 +57,65 @@ def require_causal(model: Network) -> BandSplitExtractor:
     return model
 
 
-class Step(nn.Module):
-    """One step of a causal band-split network."""
+def run_blocks(
+    model: BandSplitExtractor,
+    frames: Bands,
+    voice: VoiceTensors,
+    convolve: Callable[[int, Bands, Film], Bands],
+    attend: Callable[[int, Bands], Bands],
+) -> Bands:
+    """Run all blocks, with the caller's way to convolve along time and to attend to other frames, by block number."""
+    for index, film in enumerate(voice.films.unbind(1)):
+        frames = model.full[index](convolve(index, frames, film[:, None]))
+        if model.config.attends(index):
+            frames = attend(index, frames)
+        frames = model.feed[index](frames)
+        if index == 1:
+            attention = model.voice_attention
+            queries = attention.split(attention.queries(attention.norm(frames)))
+            frames = attention.gather(frames, queries, voice.keys, voice.values, None)
+    return frames
+
+
+class Fourier(nn.Module):
+    """The spectrum of a band-split network as matrix products; equals its `_spectrum` and `_waveform`.
+
+    Both matrices have the square root of a Hann window in them.
+    """
 
     analysis: Tensor
     synthesis: Tensor
 
+    def __init__(self, model: BandSplitExtractor) -> None:
+        super().__init__()
+        window, bins, self.hop = model.config.window, model.config.bins, model.config.hop
+        like, scale = next(model.parameters()), math.sqrt(self.hop)
+        shape = torch.hann_window(window, dtype=torch.float64).sqrt()
+        analysis = torch.fft.rfft(torch.diag(shape))[:, :bins] / scale
+        parts = torch.view_as_complex(torch.eye(2 * bins, dtype=torch.float64).reshape(-1, bins, 2))
+        synthesis = torch.fft.irfft(F.pad(parts, (0, self.hop + 1 - bins)), window) * shape * scale
+        self.register_buffer("analysis", torch.view_as_real(analysis).flatten(1).to(like), persistent=False)
+        self.register_buffer("synthesis", synthesis.to(like), persistent=False)
+
+    def analyze(self, hops: Float[Tensor, "batch _hops hop"]) -> Spectrum:
+        """Return the bins of the windows over two neighboring hops each."""
+        spectrum = torch.cat([hops[:, :-1], hops[:, 1:]], dim=2) @ self.analysis
+        return spectrum.reshape(*spectrum.shape[:2], -1, 2)
+
+    def synthesize(self, bins: Spectrum, mask: Spectrum) -> Float[Tensor, "batch frames window"]:
+        """Return the windows of masked bins, which overlap by a hop."""
+        (real, imaginary), (mask_real, mask_imaginary) = bins.unbind(3), mask.unbind(3)
+        masked = [real * mask_real - imaginary * mask_imaginary, real * mask_imaginary + imaginary * mask_real]
+        return torch.stack(masked, dim=3).flatten(2) @ self.synthesis
+
+
+class Step(nn.Module):
+    """One step of a causal band-split network."""
+
     def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = require_causal(model)
-        like = next(model.parameters())
-        for name, matrix in fourier_matrices(self.model.config.window, self.model.config.bins).items():
-            self.register_buffer(name, matrix.to(like), persistent=False)
+        self.fourier = Fourier(self.model)
 
     @property
     def hop(self) -> int:
@@ -69,13 +124,11 @@ class Step(nn.Module):
 
     def prepare(self, embedding: Embedding) -> VoiceTensors:
         """Return what the steps need of a speaker embedding."""
-        films, frames = self.model.split_embedding(embedding)
-        attention = self.model.voice_attention
-        return VoiceTensors(torch.cat(films, dim=1), *attention.keys_and_values(attention.norm(frames)))
+        return VoiceTensors.of(self.model, embedding)
 
     def start(self, batch: int = 1) -> State:
         """Return the state at the start of a stream: silence."""
-        config, like = self.model.config, self.analysis
+        config, like = self.model.config, self.fourier.analysis
         shapes: dict[str, tuple[int, ...]]
         shapes = {"input": (self.hop,), "overlap": (self.hop,), "powers": (config.level_frames - 1,)}
         for index, block in enumerate(self.model.time):
@@ -91,26 +144,17 @@ class Step(nn.Module):
     def forward(self, samples: Wave, voice: VoiceTensors, state: State) -> tuple[Wave, State]:
         """Return the next samples, one hop behind `samples`, and the next state."""
         model, after = self.model, dict(state)
-        blocks = torch.cat([state["input"], samples], dim=1).reshape(len(samples), -1, self.hop)
-        after["input"] = blocks[:, -1]
-        spectrum = torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2) @ self.analysis
-        bins = spectrum.reshape(*spectrum.shape[:2], -1, 2)
-        frames = model.split(self._compress(bins, state, after))
-        for index, film in enumerate(voice.films.unbind(1)):
-            frames = self._convolve(index, frames, film[:, None], state, after)
-            frames = model.full[index](frames)
-            if model.config.attends(index):
-                frames = self._attend(str(index), frames, state, after)
-            frames = model.feed[index](frames)
-            if index == 1:
-                attention = model.voice_attention
-                queries = attention.split(attention.queries(attention.norm(frames)))
-                frames = attention.gather(frames, queries, voice.keys, voice.values, None)
-        mask_real, mask_imaginary = model.mask(frames).unbind(3)
-        real, imaginary = bins.unbind(3)
-        masked = [real * mask_real - imaginary * mask_imaginary, real * mask_imaginary + imaginary * mask_real]
-        windows = torch.stack(masked, dim=3).flatten(2) @ self.synthesis
-        first, second = windows.chunk(2, dim=2)
+        hops = torch.cat([state["input"], samples], dim=1).reshape(len(samples), -1, self.hop)
+        after["input"] = hops[:, -1]
+        bins = self.fourier.analyze(hops)
+        frames = run_blocks(
+            model,
+            model.split(self._compress(bins, state, after)),
+            voice,
+            lambda index, frames, film: self._convolve(index, frames, film, state, after),
+            lambda index, frames: self._attend(str(index), frames, state, after),
+        )
+        first, second = self.fourier.synthesize(bins, model.mask(frames)).chunk(2, dim=2)
         overlap = torch.cat([state["overlap"][:, None], second], dim=1)
         after["overlap"] = overlap[:, -1]
         limit = max(model.config.level_frames, model.config.attention_frames)
@@ -144,16 +188,3 @@ class Step(nn.Module):
         allowed = (ahead >= 0) & (ahead <= reach) & (key >= reach - state["frames"])
         bias = torch.zeros_like(ahead, dtype=keys.dtype).masked_fill(~allowed, -math.inf)
         return attention.gather(frames, attention.split(attention.queries(normed)), keys, values, bias)
-
-
-def fourier_matrices(window: int, bins: int) -> dict[str, Tensor]:
-    """Return the matrices from a window of samples to real and imaginary parts of its bins, and back, in float64.
-
-    Both have the square root of a Hann window in them. They equal `BandSplitExtractor._spectrum` and `_waveform`.
-    """
-    shape = torch.hann_window(window, dtype=torch.float64).sqrt()
-    scale = math.sqrt(window // 2)
-    analysis = torch.fft.rfft(torch.diag(shape))[:, :bins] / scale
-    parts = torch.view_as_complex(torch.eye(2 * bins, dtype=torch.float64).reshape(-1, bins, 2))
-    synthesis = torch.fft.irfft(F.pad(parts, (0, window // 2 + 1 - bins)), window) * shape * scale
-    return {"analysis": torch.view_as_real(analysis).flatten(1), "synthesis": synthesis}
