@@ -14,6 +14,8 @@ from onevoice.audio import Mono, encode_audio
 WINDOW_SECONDS = 0.032
 MAX_COLUMNS, ROWS = 600, 128
 """Size of a spectrogram in pixels; short audio has fewer columns."""
+DENSE_FRAMES = 16
+"""Frames per column from which a smaller overlap shows the same."""
 RANGE_DB = 70.0
 """Levels from 0 dB, the loudest cell of the group, down to minus this many dB have a color of their own."""
 WAVEFORM_COLUMNS = 300
@@ -49,8 +51,10 @@ def power_db(samples: Mono, sample_rate: int) -> Float[np.ndarray, "rows columns
 
 def power_db_of(blocks: Iterable[Mono], samples: int, sample_rate: int) -> Float[np.ndarray, "rows columns"]:
     """Return what `power_db` returns for the whole of the blocks, of `samples` samples, column by column."""
-    size = max(2 * ROWS, 2 * round(sample_rate * WINDOW_SECONDS / 2))
+    size = max(2 * ROWS, 32 * round(sample_rate * WINDOW_SECONDS / 32))  # a length without large prime factors
     hop = size // 4
+    if samples > DENSE_FRAMES * MAX_COLUMNS * hop:
+        hop = size // 2  # Hann windows that overlap by half still weight all samples alike
     padded = itertools.chain([np.zeros(size // 2, np.float32)], blocks, [np.zeros(size // 2 + hop, np.float32)])
     count = 1 + (samples + hop) // hop
     columns = min(MAX_COLUMNS, count)

@@ -27,7 +27,7 @@ from onevoice.server.sounds import TRACKS, Look, look, overview, tracks_of, writ
 from onevoice.server.uploads import Facts, Upload
 from onevoice.server.voices import describe_check_up
 
-NETWORK_SHARE = 0.95
+NETWORK_SHARE = 0.8
 """Of the progress; the rest is making copies and pictures."""
 
 
@@ -58,6 +58,8 @@ class Job:
     status: schemas.Status = "queued"
     progress: float = 0.0
     begun: float = 0.0
+    progressed: float = 0.0
+    """When the progress changed."""
     expires: float | None = None
     result: schemas.Result | None = None
     problem: Problem | None = None
@@ -178,18 +180,20 @@ class Jobs:
         """Return the seconds that a running job still needs: from its own progress, else from the speed of others."""
         if job.status != "running":
             return None
-        elapsed = self._clock() - job.begun
+        now = self._clock()
         if job.progress > 0:
-            return round(elapsed * (1 - job.progress) / job.progress, 1)
+            expected = (job.progressed - job.begun) * (1 - job.progress) / job.progress
+            return round(max(0.0, expected - (now - job.progressed)), 1)
         if self._speed is None:
             return None
-        return round(max(0.0, job.order.facts.seconds / self._speed - elapsed), 1)
+        return round(max(0.0, job.order.facts.seconds / self._speed - (now - job.begun)), 1)
 
     def _run(self, job: Job) -> None:
         job.begun, job.status = self._clock(), "running"
         try:
             extraction = self._extract(job)
-            _finish(job, extraction)
+            self._report(job, NETWORK_SHARE)
+            _finish(job, extraction, lambda share: self._report(job, NETWORK_SHARE + (1 - NETWORK_SHARE) * share))
         except _DeletedError:
             pass
         except Exception as error:
@@ -208,22 +212,22 @@ class Jobs:
 
     def _extract(self, job: Job) -> Extraction:
         order = job.order
-
-        def report(share: float) -> None:
-            if job.is_deleted:
-                raise _DeletedError
-            job.progress = NETWORK_SHARE * share
-
         voice = order.voice
         job.voice = voice if isinstance(voice, Voice) else enroll_files(self._extractor, _one_or_more(voice))
         extraction = extract_file(
             self._extractor, order.mixture.path, job.voice, job.folder / "voice.wav", job.folder / "residual.wav",
-            channel=order.channel, absent_db=order.absent_db, force=True, report=report,
+            channel=order.channel, absent_db=order.absent_db, force=True,
+            report=lambda share: self._report(job, NETWORK_SHARE * share),
             page=job.folder / "report.html" if order.has_report else None,
         )  # fmt: skip
-        report(1.0)
         job.presence = extraction.presence
         return extraction
+
+    def _report(self, job: Job, share: float) -> None:
+        """Keep the progress of a job; stop it if it was deleted."""
+        if job.is_deleted:
+            raise _DeletedError
+        job.progress, job.progressed = share, self._clock()
 
     def _end(self, job: Job, problem: Problem | None) -> None:
         job.problem = problem
@@ -242,13 +246,16 @@ def _one_or_more(specs: Sequence[str]) -> str | Sequence[str]:
     return specs[0] if len(specs) == 1 else specs
 
 
-def _finish(job: Job, extraction: Extraction) -> None:
-    """Make what the page plays and draws, and describe the result."""
+def _finish(job: Job, extraction: Extraction, report: Callable[[float], None]) -> None:
+    """Make what the page plays and draws, and describe the result; `report` gets the share that is done."""
     facts, channels = job.order.facts, job.channels
     tracks = tracks_of(job.folder)
-    job.looks = {name: look(read, facts.samples, facts.sample_rate) for name, read in tracks.items()}
+    for done, (name, read) in enumerate(tracks.items()):
+        report(done / len(tracks) / 2)
+        job.looks[name] = look(read, facts.samples, facts.sample_rate)
     peak = max(each.peak for each in job.looks.values())
-    for name, read in tracks.items():
+    for done, (name, read) in enumerate(tracks.items()):
+        report(0.5 + done / len(tracks) / 2)
         write_copy(read, job.folder / f"{name}.flac", facts.samples, facts.sample_rate, channels, peak)
     pictures = overview(job.looks, facts.samples, facts.sample_rate, job.presence)
     (job.folder / "overview.json").write_text(pictures.model_dump_json(), encoding="utf-8")
