@@ -50,7 +50,12 @@ async def use(client: httpx.AsyncClient, record: Record, until: float) -> None:
             await asyncio.sleep(float(answer.headers["retry-after"]) / 10)
             continue
         place = answer.raise_for_status().headers["location"]
-        await client.get(f"{place}/events")
+        try:
+            await asyncio.wait_for(client.get(f"{place}/events"), max(1.0, until - time.monotonic()))
+        except TimeoutError:
+            record.outcomes["still waiting at the end"] += 1
+            (await client.delete(place)).raise_for_status()
+            return
         job = (await client.get(place)).json()
         voice = await client.get(f"{place}/files/voice.flac")
         is_whole = job["status"] == "done" and voice.status_code == 200 and voice.content[:4] == b"fLaC"

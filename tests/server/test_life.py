@@ -78,6 +78,23 @@ def test_the_queue_has_positions_and_an_end(client: TestClient, sounds: Path, ga
     assert list((service.folder / "extractions").iterdir()) == []
 
 
+def test_a_server_that_stops_ends_what_runs_and_fails_what_waits(
+    extractor: Extractor, sounds: Path, tmp_path: Path, gate: Gate
+) -> None:
+    with open_service(extractor, Settings(tmp_path / "voices")) as service:
+        client = TestClient(create_app(service), base_url="http://localhost")
+        first, second = (client.post("/v1/extractions?wait=0", files=order(sounds)).headers["location"] for _ in "12")
+        assert gate.begun.acquire(timeout=10)
+        assert [job.id for job in service.jobs.stop()] == [first.split("/")[-1]]
+        failed = client.get(second).json()
+        assert (failed["status"], failed["problem"]["type"]) == ("failed", "urn:onevoice:problem:stopping")
+        assert client.post("/v1/extractions", files=order(sounds)).status_code == 503
+        assert client.get("/healthz").json()["status"] == "stopping"
+        gate.opened.set()
+        service.jobs.close()
+        assert client.get(first).json()["status"] == "done"
+
+
 def test_a_client_that_leaves_while_it_waits(address: str, sounds: Path, gate: Gate, service: Service) -> None:
     """It never learned the id of its extraction, so that is deleted."""
     with pytest.raises(httpx.ReadTimeout):

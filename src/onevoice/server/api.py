@@ -23,8 +23,8 @@ from onevoice.server.security import COOKIE, cookie_of, is_allowed, is_token
 from onevoice.server.service import Service, exactly
 from onevoice.streams import find_ffmpeg
 
-POLL_SECONDS = 0.25
-"""Between two looks at a job whose progress is sent."""
+POLL_SECONDS, POLL_QUEUED_SECONDS = 0.25, 1.0
+"""Between two looks at a job whose progress is sent, while it runs and while it waits."""
 KEEP_ALIVE_SECONDS = 15.0
 MAX_ENROLLMENTS = 10
 MAX_WAIT_SECONDS = 60.0
@@ -295,4 +295,4 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
         if time.monotonic() - when > KEEP_ALIVE_SECONDS:
             yield ": still here\n\n"
             when = time.monotonic()
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(POLL_QUEUED_SECONDS if state.status == "queued" else POLL_SECONDS)

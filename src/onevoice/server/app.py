@@ -30,6 +30,8 @@ PAGES = {"/": "index.html", "/docs": "docs.html"}
 SWEEP_SECONDS = 5.0
 SWITCH_SECONDS = 0.001
 """How long the thread that answers waits for one that computes; Python's default of 0.005 adds up under load."""
+KEEP_ALIVE_SECONDS = 75
+"""Idle connections are closed later than clients close them (httpx: 5 s, proxies: 60 s), and not at the same time."""
 LINGER_SECONDS = 10.0
 """How long the server answers after the last job has ended, so that its client can fetch the result."""
 DESCRIPTION = """Extract one voice from a recording of several people.
@@ -110,7 +112,8 @@ def serve(extractor: Extractor, settings: Settings, host: str, port: int, starte
     with open_service(extractor, settings) as service:
         config = uvicorn.Config(
             create_app(service), host, port, log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=round(LINGER_SECONDS), h11_max_incomplete_event_size=2**16,
+            timeout_graceful_shutdown=round(LINGER_SECONDS),
+            timeout_keep_alive=KEEP_ALIVE_SECONDS, h11_max_incomplete_event_size=2**16,
         )  # fmt: skip
         server = uvicorn.Server(config)
         with stop_requests() as request:

@@ -232,9 +232,10 @@ class Jobs:
     def _end(self, job: Job, problem: Problem | None) -> None:
         job.problem = problem
         job.progress = job.progress if problem else 1.0
-        job.expires = self._clock() + self._settings.ttl_seconds
+        now = self._clock()
+        job.expires = now + self._settings.ttl_seconds
         job.status = "failed" if problem else "done"
-        self._metrics.count_job(job.status, job.order.facts.seconds, self._clock() - (job.begun or self._clock()))
+        self._metrics.count_job(job.status, job.order.facts.seconds, max(0.0, now - job.begun) if job.begun else 0.0)
 
 
 def stopping() -> ProblemError:
