@@ -69,11 +69,18 @@ def read_config(path: str | Path) -> Json:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     try:
         values = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not a {type(values).__name__}")
+    refuse_nul(values, str(path))
     return values
+
+
+def refuse_nul(values: Json, name: str) -> None:
+    """Raise `ConfigError` if a string has the character NUL, which no name of a file can have."""
+    if "\\u0000" in json.dumps(values):
+        raise ConfigError(f"{name}: a string has the character NUL (\\u0000); remove it")
 
 
 def from_dict(kind: type[Section], values: Mapping[str, Any], name: str = "config") -> Section:

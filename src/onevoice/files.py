@@ -125,13 +125,21 @@ def whole_rows(path: Path) -> Iterator[Row]:
         return
     *lines, _ = path.read_bytes().split(b"\n")
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(row, dict):
+        row = parse_row(line)
+        if row is None:
             return
         yield row
+
+
+def parse_row(line: bytes) -> Row | None:
+    """Return the row of a line; None for a damaged line, also one that cannot be written again."""
+    try:
+        row = json.loads(line)
+        if b"\\ud" in line:
+            to_json_lines([row])  # half of a pair of surrogates is no UTF-8
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _temporary_name(path: Path) -> str:

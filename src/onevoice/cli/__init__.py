@@ -101,7 +101,8 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _fail(message: str) -> None:
-    print("onevoice: error:", message.replace("\n", "\\n"), file=sys.stderr)
+    line = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in message)
+    print("onevoice: error:", line, file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torch's threads may wait for other processes of the group, now gone
         sys.stderr.flush()
         os._exit(2)

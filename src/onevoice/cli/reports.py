@@ -61,7 +61,7 @@ def report(
         from onevoice.extraction.extractor import load
 
         html = weights_report(load(run, device=device), resolve(run).stem, evaluation)
-    atomic_write(output, html.encode())
+    atomic_write(output, html.encode(errors="replace"))
     print(output)
 
 

@@ -18,13 +18,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, Literal, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float32, Int16, Int64
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as section
 
 from onevoice.errors import CorpusError
-from onevoice.files import Row
+from onevoice.files import Row, parse_row
 
 FORMAT = 1
 HEADER = "pack.json"
@@ -32,6 +34,19 @@ SAMPLES = "samples.int16"
 INDEX = "index.npy"
 ROWS = "utterances.jsonl"
 BLOCK_BYTES = 1 << 24
+
+
+@section(config=ConfigDict(strict=True, extra="ignore"))
+class Header:
+    """What `pack.json` must hold; there may be more."""
+
+    sample_rate: PositiveInt
+    utterances: PositiveInt
+    samples: PositiveInt
+    left_out: NonNegativeInt
+    source_rates: dict[str, PositiveInt]
+    sha256: Annotated[dict[Literal["samples.int16", "index.npy"], str], Field(min_length=2)]
+    speakers: list[tuple[str, str | None, NonNegativeInt]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +77,8 @@ class PackedCorpus:
         path = Path(path)
         header = read_header(path)
         try:
+            if sha256_of(path / INDEX) != header["sha256"][INDEX]:
+                raise ValueError(f"{INDEX} differs from its checksum")
             offset, length, speaker = np.load(path / INDEX, mmap_mode="r", allow_pickle=False)
             size = (path / SAMPLES).stat().st_size
         except (OSError, ValueError) as error:
@@ -69,6 +86,8 @@ class PackedCorpus:
         total = header["samples"]
         if size != 2 * total or len(offset) != header["utterances"]:
             raise CorpusError(f"{path / SAMPLES}: has {size} bytes instead of {2 * total}; copy or pack it again")
+        if len(header["speakers"]) != speaker[-1] + 1:
+            raise CorpusError(f"{path / HEADER}: does not name all speakers; copy or pack it again")
         samples = np.memmap(path / SAMPLES, dtype="<i2", mode="r", shape=(total,))
         names, genders, persons = zip(*header["speakers"], strict=True)
         return cls(
@@ -103,8 +122,12 @@ class PackedCorpus:
 
     def rows(self) -> Iterator[Row]:
         """Yield a row per recording: `id`, `speaker`, `speed`, `source`, and its sample rate or its `fault`."""
-        with (self.path / ROWS).open(encoding="utf-8") as stream:
-            yield from map(json.loads, stream)
+        with (self.path / ROWS).open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                row = parse_row(line)
+                if row is None or "id" not in row:
+                    raise CorpusError(f"{self.path / ROWS}: line {number} is damaged; copy or pack it again")
+                yield row
 
     def utterances_of(self, speaker: SupportsIndex) -> range:
         """Return the numbers of a speaker's utterances."""
@@ -144,16 +167,19 @@ class PackedCorpus:
         for name in (SAMPLES, INDEX):
             if sha256_of(self.path / name) != self.header["sha256"][name]:
                 raise CorpusError(f"{self.path / name}: is damaged ({self._first_damaged()}); copy or pack it again")
+        rows = [row for row in self.rows() if "fault" not in row]
+        names = [str(row["id"]).partition("/")[0] for row in rows]
+        if names != [self.speakers[number] for number in self.speaker]:
+            raise CorpusError(f"{self.path / ROWS}: names other speakers than {HEADER}; copy or pack it again")
+        if [row.get("samples") for row in rows] != self.length.tolist():
+            raise CorpusError(f"{self.path / ROWS}: has other lengths than {INDEX}; copy or pack it again")
 
     def _first_damaged(self) -> str:
         """Say which utterance is the first whose samples differ from those packed."""
-        begin = 0
-        for row in self.rows():
-            if "fault" not in row:
-                data = self.samples[begin : begin + row["samples"]].tobytes()
-                if zlib.crc32(data) != row["crc32"]:
-                    return f"first in {row['id']}"
-                begin += row["samples"]
+        rows = (row for row in self.rows() if "fault" not in row)
+        for row, begin, length in zip(rows, self.offset, self.length, strict=False):
+            if zlib.crc32(self.samples[begin : begin + length].tobytes()) != row.get("crc32"):
+                return f"first in {row['id']}"
         return "no utterance is"
 
 
@@ -164,10 +190,15 @@ def read_header(path: Path) -> Row:
         header: Row = json.loads(file.read_text(encoding="utf-8"))
         is_known = header["format"] == FORMAT
         _ = header["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorpusError(f"{path}: is not a complete packed corpus; write one with `onevoice corpus pack`") from error
     if not is_known:
         raise CorpusError(f"{file}: has the format {header['format']!r}, not {FORMAT}; pack the corpus again")
+    try:
+        TypeAdapter(Header).validate_json(json.dumps(header))
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CorpusError(f"{file}: is damaged (at {place}); copy or pack it again") from error
     return header
 
 

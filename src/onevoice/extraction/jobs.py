@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass as section
 
-from onevoice.config import STRICT, from_dict
+from onevoice.config import STRICT, from_dict, refuse_nul
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.enrollment import as_places, enroll_files
 from onevoice.extraction.extractor import Extractor
@@ -110,10 +110,11 @@ def read_jobs(path: Path) -> list[Job]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: line {number} is not JSON ({error}); write one object per line") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: line {number} is not an object; write {{}} with mixture, voice and output")
+        refuse_nul(values, f"{path}: line {number}")
         job = from_dict(Job, values, name=f"{path}: line {number}")
         jobs.append(_below(job, path.parent))
     if not jobs:

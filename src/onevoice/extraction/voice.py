@@ -132,10 +132,11 @@ def load_voice(path: str | Path, model_hash: str | None = None) -> Voice:
         about = json.loads(text)
         if about["format"] > FORMAT:
             raise CheckpointError(f"{path}: has format {about['format']}, newer than {FORMAT}; upgrade onevoice")
-        voice = Voice(
-            load_tensors(path)["embedding"], about["model_hash"], tuple(about["sources"]), _parse(about["check_up"])
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        embedding, made_by = load_tensors(path)["embedding"], str(about["model_hash"])
+        if embedding.ndim != 2 or len(embedding) != 1 or not embedding.isfinite().all():
+            raise ValueError("its embedding is not one row of finite numbers")
+        voice = Voice(embedding.float(), made_by, tuple(map(str, about["sources"])), _parse(about["check_up"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error}); enroll the voice again") from error
     if model_hash is not None:
         replace(voice, sources=(str(path),)).require_model(model_hash)

@@ -33,6 +33,18 @@ SKIPPED = "skipped.jsonl"
 GIVEN_UP = "given up"
 SUFFIXES = {"mixture": "-mixed", "enrollment": "-ref", "target": "-target"}
 """What follows the name of a trial in the names of its three files."""
+FIELDS: dict[str, dict[str, type]] = {
+    MANIFEST: {
+        "index": int,
+        "name": str,
+        "mixtures": int,
+        "samples": int,
+        "enrollment_samples": int,
+        "sample_rate": int,
+    },
+    SKIPPED: {"index": int, "reason": str},
+}
+"""What each row must have to be resumed from."""
 WAV_HEADER_BYTES = 44
 
 
@@ -212,8 +224,12 @@ def _appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome]
 
 
 def _valid_rows(path: Path) -> Iterator[Row]:
-    """Yield the complete rows of a list up to the first without the index of a trial."""
-    return itertools.takewhile(lambda row: isinstance(row.get("index"), int), whole_rows(path))
+    """Yield the complete rows of a list up to the first that does not describe a trial."""
+    return itertools.takewhile(functools.partial(_has_fields, FIELDS[path.name]), whole_rows(path))
+
+
+def _has_fields(fields: dict[str, type], row: Row) -> bool:
+    return all(isinstance(row.get(name), kind) for name, kind in fields.items()) and row.get("sample_rate") != 0
 
 
 def _is_complete(folder: Path, outcome: Outcome) -> bool:
@@ -233,5 +249,5 @@ def _wav(folder: Path, row: Row, kind: str) -> Path:
 def _has_size(path: Path, samples: int) -> bool:
     try:
         return path.stat().st_size == WAV_HEADER_BYTES + 2 * samples
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return False

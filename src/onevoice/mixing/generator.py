@@ -72,7 +72,7 @@ class MixingSummary:
         for row in outcome.rows:
             self.mixtures += 1
             self.mixture_seconds += row["samples"] / row["sample_rate"]
-            self.peak_limited += row["peak_limited"]
+            self.peak_limited += bool(row.get("peak_limited"))
         self.trials += bool(outcome.rows)
         for row in outcome.skipped:
             if row["reason"] == GIVEN_UP:
@@ -80,7 +80,7 @@ class MixingSummary:
                 continue
             self.replaced[row["reason"]] = self.replaced.get(row["reason"], 0) + 1
             if row["reason"] in (UNREADABLE, SILENT_FILE):
-                self.unusable[row["file"]] = row["detail"]
+                self.unusable[str(row.get("file"))] = str(row.get("detail"))
 
     def __str__(self) -> str:
         """Return the counts in one line."""

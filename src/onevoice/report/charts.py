@@ -98,7 +98,7 @@ def _thin(points: Points) -> Points:
 
 
 def _is_number(value: Number | None) -> bool:
-    return value is not None and math.isfinite(value)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _rounded(value: Number | None) -> float | None:

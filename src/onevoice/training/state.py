@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -205,6 +206,15 @@ class TrainingState:
         """
         path = resume_path(checkpoint)
         saved = read_resume_file(checkpoint, experiment, speakers, data_digest)
+        try:
+            self._take(saved, path)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0][:150]
+            raise CheckpointError(f"{path}: is damaged ({reason}); use --load to take weights alone") from error
+        return path
+
+    def _take(self, saved: dict[str, Any], path: Path) -> None:
+        """Take over the content of a resume file."""
         load_state(self.model, saved["model"], path)
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
@@ -218,7 +228,6 @@ class TrainingState:
         self.progress = Progress(**{**asdict(self.progress), **saved["progress"]})
         self.device_sums.zero_()
         self.skips.copy_(torch.tensor([self.progress.skipped_steps, self.progress.skipped_in_a_row, 0]))
-        return path
 
     def load_original(self, path: str | Path, steps_per_epoch: int) -> None:
         """Take over weights, moments of Adam and epoch of a checkpoint of the original system, and set the rate.
@@ -266,7 +275,7 @@ def read_resume_file(
         before = from_dict(Experiment, json.loads(saved["experiment"]))  # with defaults for new keys
         before = fill_model_fields(before, len(saved["speakers"]))
         same_data = (list(saved["speakers"]), saved["data"]) == (list(speakers), data_digest)
-        Progress(**saved["progress"])
+        TypeAdapter(Progress).validate_python(saved["progress"], strict=True)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a resume file ({error}); use --load to take weights alone") from error
     changed = changed_settings(before, experiment) + ([] if same_data else ["the training data"])

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from onevoice.audio import Mono, read_audio, write_audio
 from onevoice.config import STRICT
 from onevoice.errors import ConfigError, MissingDependencyError
-from onevoice.files import atomic_write, storage_errors, to_json_lines
+from onevoice.files import atomic_write, parse_row, storage_errors, to_json_lines
 from onevoice.report.sounds import power_db, spectrogram_rgb
 
 KEPT_VALIDATIONS = 5
@@ -231,11 +231,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a `metrics.jsonl`, without lines torn by a kill or a full disk; [] if it is missing."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = parse_row(line)
+        is_whole = row is not None and all(isinstance(value, int | float | None) for value in row.values())
+        if row is not None and is_whole and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 
