@@ -318,7 +318,7 @@ def _json_rows(stream: Iterator[str]) -> Iterator[tuple[int, dict[str, str] | st
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"is not JSON ({error})"
                 continue
             is_row = isinstance(row, dict)

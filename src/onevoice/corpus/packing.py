@@ -143,7 +143,7 @@ def _is_packed(out: Path, header: Row) -> bool:
         if all(existing[key] == value for key, value in header.items()):
             return True
         kind = "another pack"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         kind = "something other than a pack"
     raise CorpusError(f"{out}: holds {kind}; choose another folder, or remove it to start over")
 

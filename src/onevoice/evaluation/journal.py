@@ -45,7 +45,10 @@ class Journal:
                 f"{self.path}: belongs to an unfinished evaluation of something else ({', '.join(differing)} differ); "
                 "remove it to start over, or choose another --output"
             )
-        rows = [TrialRow(**row) for row in found]
+        try:
+            rows = [TrialRow(**row) for row in found]
+        except TypeError as error:
+            raise ConfigError(f"{self.path}: is damaged ({error}); remove it to start over") from error
         if [row.name for row in rows] != list(names[: len(rows)]):
             raise ConfigError(f"{self.path}: its trials are not those of this evaluation; remove it to start over")
         return rows

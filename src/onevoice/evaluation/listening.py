@@ -217,7 +217,7 @@ def read_texts(path: Path) -> dict[str, str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, filter(str.strip, file))
             return {str(row["trial"]): str(row["text"]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise CorpusError(
             f"{path}: does not name the text of each trial ({error!r}); write CSV with the header trial,text, "
             'or lines like {"trial": "NAME", "text": "what is said"}'

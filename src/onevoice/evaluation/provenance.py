@@ -56,7 +56,7 @@ def describe_recipe(config: TrialsConfig) -> dict[str, Any]:
     try:
         settings = json.loads((Path(config.folder) / SETTINGS).read_text(encoding="utf-8"))
         return {key: value for key, value in settings.items() if key != "summary"}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

@@ -153,11 +153,11 @@ def read_result(path: str | Path) -> Result:
     try:
         summary = json.loads(summary_path.read_bytes())
         summary["trials"], summary["failure_rate"], dict(summary["metrics"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = summary_path.with_name(summary.get("rows_file", summary_path.with_suffix(".csv").name))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{summary_path}: not a result of onevoice eval --output ({error}); name its .json file"
         ) from error
-    rows = summary_path.with_name(summary.get("rows_file", summary_path.with_suffix(".csv").name))
     return Result(summary_path, summary, read_rows(rows))
 
 

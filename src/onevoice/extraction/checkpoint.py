@@ -224,7 +224,7 @@ def _parse_card(text: str, path: Path) -> Card:
         speakers, facts = tuple(card["speakers"]), dict(card["facts"])
         is_newer, is_known = number > FORMAT, name in MODELS
         config = {"has_level": bool(facts.get("levelled")), **config}  # older cards have this fact, not the field
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its card is damaged ({error}); copy it again") from error
     if is_newer:
         raise CheckpointError(f"{path}: has format {number}, newer than this onevoice knows ({FORMAT}); upgrade it")

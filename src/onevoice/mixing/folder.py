@@ -126,7 +126,7 @@ def open_folder(folder: Path, settings: Row) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = [key for key in settings if key != "corpus" and before[key] != settings[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorpusError(f"{path}: is not the record of a run; choose another folder or remove it") from error
     if differing:
         changes = "; ".join(f"{key} was {before[key]} and is now {settings[key]}" for key in differing)

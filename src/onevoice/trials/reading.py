@@ -352,7 +352,7 @@ def _manifest_speakers(manifest: Path) -> dict[str, str]:
         for line in manifest.read_bytes().splitlines():
             row = json.loads(line)
             speakers[row["name"]] = row["target_speaker"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorpusError(
             f"{manifest}: line {len(speakers) + 1} is not a row of `onevoice mix`; let that command finish, or remove "
             "the file"
