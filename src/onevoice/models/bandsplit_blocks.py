@@ -200,16 +200,25 @@ class TimeBlock(nn.Module):
         inputs = self.norm(frames)
         if film is not None:
             scale, shift = film.chunk(2, dim=3)
-            inputs = inputs * (1 + scale) + shift
+            inputs = torch.addcmul(shift, inputs, 1 + scale)
         value, gate = self.expand(inputs).chunk(2, dim=3)
         gated: Tensor = value * F.silu(gate)
         return gated if valid is None else gated * valid.to(gated.dtype)
 
     def convolve(self, frames: Bands, padded: Hidden) -> Bands:
-        """Return the frames plus the result, from the inputs of `reach` more frames than there are."""
+        """Return the frames plus the result, from the inputs of `reach` more frames than there are.
+
+        The gradients of shifted products, which a compiler fuses, are faster than those of torch's convolution.
+        """
         taps, count = self.taps.to(padded.dtype), frames.shape[1]
-        parts = (padded[:, index * self.dilation :][:, :count] * tap for index, tap in enumerate(taps.unbind()))
-        result: Tensor = frames + self.project(sum(parts)).to(frames.dtype)
+        if torch.is_grad_enabled():
+            shifts = (padded[:, index * self.dilation :][:, :count] for index in range(len(taps)))
+            convolved = sum(shift * tap for shift, tap in zip(shifts, taps.unbind(), strict=True))
+        else:
+            kernels, dilation = taps.t()[:, None, :, None], (self.dilation, 1)
+            images = padded.permute(0, 3, 1, 2)  # in memory, channels are last
+            convolved = F.conv2d(images, kernels, dilation=dilation, groups=len(kernels)).permute(0, 2, 3, 1)
+        result: Tensor = frames + self.project(convolved).to(frames.dtype)
         return result
 
 
