@@ -70,6 +70,7 @@ def test_the_queue_has_positions_and_an_end(client: TestClient, sounds: Path, ga
     assert [client.get(place).json()["position"] for place in places[2:]] == [1, 2]
     assert client.delete(places[0]).status_code == 204  # it runs: its files go at once, and its work stops
     assert not (service.folder / "extractions" / places[0].split("/")[-1]).exists()
+    assert gate.begun.acquire(timeout=10)  # so that the next one begins
     gate.opened.set()
     for place in places[2:]:
         client.get(f"{place}/events")
