@@ -41,7 +41,7 @@ DOORS = {
     "fast_bss_eval": {"evaluation.metrics"},
     "pyarrow": {"evaluation.results"},
     "jiwer": {"evaluation.listening"},
-    "onnxruntime": {"evaluation.listening"},
+    "onnxruntime": {"evaluation.listening", "extraction.onnx"},
     "wandb": {"training.tracking"},
     "torch.utils.tensorboard": {"training.tracking"},
     "jinja2": {"report.page"},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onevoice.errors import OnevoiceError as OnevoiceError
+    from onevoice.extraction import onnx as onnx
     from onevoice.extraction.enrollment import separate as separate
     from onevoice.extraction.extractor import Extractor as Extractor
     from onevoice.extraction.extractor import load as load
@@ -33,12 +34,14 @@ _MODULES = {
     "load": "onevoice.extraction.extractor",
     "separate": "onevoice.extraction.enrollment",
 }
-__all__ = ["__version__", *_MODULES]
+__all__ = ["__version__", "onnx", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("onevoice")
+    if name == "onnx":
+        return importlib.import_module("onevoice.extraction.onnx")
     if name not in _MODULES:
         raise AttributeError(f"module 'onevoice' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
