@@ -9,8 +9,9 @@ Sounds are (1, samples), float32, whole multiples of `multiple_of` samples long,
 `normalize_level` is true. A state input NAME belongs to the output next_NAME; at the start, all of them are zero. Each
 file has the card of the weights, their hash and these facts in its metadata, as JSON under the key `onevoice`.
 
-The graphs come from torch's tracing exporter: it takes a second, where the other one takes minutes to reason about
-lengths. Tracing could freeze a length into a graph, so each graph is compared with the network at another length.
+Band-split networks go through torch's tracing exporter, which takes a second; SpEx+ chooses by lengths, which only the
+slower one can follow. Tracing could freeze a length into a graph, so each graph is compared with the network at another
+length.
 """
 
 import copy
@@ -67,14 +68,20 @@ class StepGraph(nn.Module):
 def export(extractor: Extractor, folder: Path) -> list[Path]:
     """Write the graphs of an extractor's network to a folder and return their files.
 
-    Raises `MissingDependencyError` without onnx and onnxruntime, and `StorageError`.
+    Raises `MissingDependencyError` without onnx and onnxruntime, and for SpEx+ onnxscript, and `StorageError`.
     """
-    onnx = _require_packages()
+    onnx = _require_packages("onnxruntime", "onnx")
+    is_traced = isinstance(extractor.model, BandSplitExtractor)
+    if not is_traced:
+        _require_packages("onnxscript")
     facts, written = _facts(extractor), []
     folder.mkdir(parents=True, exist_ok=True)
     for name, graph, inputs, outputs in _graphs(copy.deepcopy(extractor.model).cpu().float().eval()):
         path = folder / f"{name}.onnx"
-        proto = onnx.load_model_from_string(_trace(graph, inputs, outputs))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about lengths that become constants; `_compare` looks for those
+            data = (_trace if is_traced else _translate)(graph, inputs, outputs)
+        proto = onnx.load_model_from_string(data)
         proto.metadata_props.add(key="onevoice", value=json.dumps({"graph": name, **facts}))
         atomic_write(path, proto.SerializeToString())
         written.append(path)
@@ -82,8 +89,9 @@ def export(extractor: Extractor, folder: Path) -> list[Path]:
     return written
 
 
-def _require_packages() -> Any:
-    for package in ("onnxruntime", "onnx"):
+def _require_packages(*names: str) -> Any:
+    """Return the last of some packages."""
+    for package in names:
         try:
             module = importlib.import_module(package)
         except ImportError as error:
@@ -114,21 +122,39 @@ def _graphs(model: Any) -> list[tuple[str, nn.Module, dict[str, Tensor], list[st
 def _trace(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) -> bytes:
     """Return an ONNX graph whose sounds may have any length."""
     file = io.BytesIO()
-    free = [*inputs.keys() & {"ref", "audio"}, *(["estimate"] if "audio" in inputs else [])]
-    lengths = {name: {1: "length"} for name in free}
-    with warnings.catch_warnings(), torch.enable_grad():  # without gradients, layers take paths that cannot be traced
-        warnings.simplefilter("ignore")  # torch's, about lengths that become constants; `_compare` looks for those
-        arguments: Any = tuple(value.detach() for value in inputs.values())
+    free = [*_free(inputs), *(["estimate"] if "audio" in inputs else [])]
+    arguments: Any = tuple(value.detach() for value in inputs.values())
+    with torch.enable_grad():  # without gradients, layers take paths that cannot be traced
         torch.onnx.export(
-            graph, arguments, file, input_names=list(inputs), output_names=outputs, dynamic_axes=lengths,
-            opset_version=OPSET, dynamo=False,
+            graph, arguments, file, input_names=list(inputs), output_names=outputs,
+            dynamic_axes={name: {1: "length"} for name in free}, opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     return file.getvalue()
 
 
+def _translate(graph: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) -> bytes:
+    """Return the same from torch's other exporter."""
+    arguments = tuple(value.detach() for value in inputs.values())
+    shapes = tuple({1: torch.export.Dim.DYNAMIC} if name in _free(inputs) else None for name in inputs)
+    with torch.enable_grad():
+        program = torch.export.export(
+            graph, arguments, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        translated = torch.onnx.export(
+            program, (), input_names=list(inputs), output_names=outputs, dynamo=True, verbose=False
+        )
+    assert translated is not None
+    return bytes(translated.model_proto.SerializeToString())
+
+
+def _free(inputs: dict[str, Tensor]) -> set[str]:
+    """Return the names of the inputs of any length."""
+    return inputs.keys() & {"ref", "audio"}
+
+
 def _longer(name: str, value: Tensor) -> Tensor:
     """Return a sound three times as long; other inputs stay."""
-    return value.repeat(1, 3) if name in ("ref", "audio") else value
+    return value.repeat(1, 3) if _free({name: value}) else value
 
 
 @torch.no_grad()
