@@ -51,6 +51,9 @@ DOORS = {
     "uvicorn": {"server"},
     "python_multipart": {"server"},
     "prometheus_client": {"server"},
+    "sounddevice": {"extraction.live"},
+    "pipecat": {"extraction.pipecat"},
+    "livekit": {"extraction.livekit"},
     "cyclopts": {"cli"},
 }
 """The modules that may import a foreign library."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cyclopts import App, CoercionError, CycloptsError, Group, MissingArgumentError, Parameter, UnknownCommandError
 from cyclopts.exceptions import ArgumentOrderError, RepeatArgumentError, UnknownOptionError, UnusedCliTokensError
 
-from onevoice.cli import data, evaluation, reports, serving, training, using, voices
+from onevoice.cli import data, evaluation, live, reports, serving, training, using, voices
 from onevoice.errors import OnevoiceError
 from onevoice.processes import wait_asleep
 
@@ -28,10 +28,12 @@ app["--help"].group = app["--version"].group = Group("Options", sort_key=9)
 app.command(using.extract, group=using.GROUP)
 app.command(voices.enroll, group=using.GROUP)
 app.command(voices.voices, group=using.GROUP)
+app.command(live.live, group=using.GROUP)
 app.command(serving.serve, group=using.GROUP)
 app.command(using.demo, group=using.GROUP)
 app.command(using.info, group=using.GROUP)
 app.command(using.convert, group=using.GROUP)
+app.command(live.export_, name="export", group=using.GROUP)
 app.command(evaluation.eval_, name="eval", group=evaluation.GROUP)
 app.command(evaluation.score, group=evaluation.GROUP)
 app.command(training.train, group=training.GROUP)
