@@ -262,6 +262,7 @@ def test_the_public_names() -> None:
         "SpExPlus",
         "SpExPlusConfig",
         "separate",
+        "onnx",
     }
     assert {*names, "__version__"} == set(ast.literal_eval(done.out))
 
