@@ -4,7 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("mix_speed", "pack_speed", "data_speed", "model_speed", "train_speed", "eval_speed", "extract_speed")
+SCRIPTS = (
+    "mix_speed",
+    "pack_speed",
+    "data_speed",
+    "model_speed",
+    "train_speed",
+    "eval_speed",
+    "extract_speed",
+    "live_speed",
+)
 
 for script in SCRIPTS:
     print(f"\n== {script}", flush=True)

@@ -135,7 +135,7 @@ class Step(nn.Module):
             assert isinstance(block, TimeBlock)
             shapes[f"convolution_{index}"] = block.reach, config.band_count, config.hidden
         for name in self.model.attention:
-            head = config.heads, config.attention_frames
+            head = config.heads, config.attention_frames + 1
             shapes[f"keys_{name}"] = *head, config.band_count * config.key_dim
             shapes[f"values_{name}"] = *head, config.band_count * config.channels // config.heads
         state = {name: like.new_zeros(batch, *shape) for name, shape in shapes.items()}
@@ -157,8 +157,7 @@ class Step(nn.Module):
         first, second = self.fourier.synthesize(bins, model.mask(frames)).chunk(2, dim=2)
         overlap = torch.cat([state["overlap"][:, None], second], dim=1)
         after["overlap"] = overlap[:, -1]
-        limit = max(model.config.level_frames, model.config.attention_frames)
-        after["frames"] = (state["frames"] + bins.shape[1]).clamp(max=limit)
+        after["frames"] = state["frames"] + bins.shape[1]
         return (overlap[:, :-1] + first).flatten(1), after
 
     def _compress(self, bins: Spectrum, state: State, after: State) -> Spectrum:
@@ -174,17 +173,27 @@ class Step(nn.Module):
         return block.convolve(frames, inputs)
 
     def _attend(self, name: str, frames: Bands, state: State, after: State) -> Bands:
+        """Attend to the frames within reach. Frame t of the stream is in slot t mod (reach + 1) of the state."""
         attention = self.model.attention[name]
         assert isinstance(attention, Attention)
-        normed, count, reach = attention.norm(frames), frames.shape[1], attention.reach
-        new = attention.keys_and_values(normed)
-        keys, values = (
-            torch.cat([state[f"{of}_{name}"], x], dim=2) for of, x in zip(("keys", "values"), new, strict=True)
-        )
-        after[f"keys_{name}"], after[f"values_{name}"] = keys[:, :, count:], values[:, :, count:]
-        # Query i is at place reach + i among the keys, and the keys before reach − frames are from before the start.
-        query, key = (torch.arange(size, device=frames.device) for size in (count, reach + count))
-        ahead = key - query[:, None]
-        allowed = (ahead >= 0) & (ahead <= reach) & (key >= reach - state["frames"])
-        bias = torch.zeros_like(ahead, dtype=keys.dtype).masked_fill(~allowed, -math.inf)
-        return attention.gather(frames, attention.split(attention.queries(normed)), keys, values, bias)
+        normed, count, before = attention.norm(frames), frames.shape[1], state["frames"]
+        queries, new = attention.split(attention.queries(normed)), attention.keys_and_values(normed)
+        old = state[f"keys_{name}"], state[f"values_{name}"]
+        slots = attention.reach + 1
+        slot, ahead = (torch.arange(size, device=frames.device) for size in (slots, count))
+        if count == 1:  # the new frame takes the slot of the only one that is out of reach, so all others are within
+            is_new = (slot == before % slots)[:, None]
+            keys, values = (torch.where(is_new, *pair) for pair in zip(new, old, strict=True))
+            after[f"keys_{name}"], after[f"values_{name}"] = keys, values
+            allowed = (slot <= before)[None]
+        else:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+            kept = min(count, slots)
+            place = ((before + ahead) % slots)[-kept:]
+            for of, held, added in zip(("keys", "values"), old, new, strict=True):
+                after[f"{of}_{name}"] = held.index_copy(2, place, added[:, :, -kept:])
+            age = ahead[:, None] + torch.cat([(before - 1 - slot) % slots + 1, -ahead])
+            has_come = torch.cat([slot < before, torch.ones_like(ahead, dtype=torch.bool)])
+            allowed = (age >= 0) & (age <= attention.reach) & has_come
+        bias = torch.zeros(allowed.shape, dtype=keys.dtype, device=keys.device).masked_fill(~allowed, -math.inf)
+        return attention.gather(frames, queries, keys, values, bias)
