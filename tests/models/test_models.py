@@ -136,6 +136,8 @@ def test_one_batch_is_learned_by_heart(model: Network) -> None:
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
+        if error < 0.05:
+            break
     assert error < 0.05  # SI-SDR above 13 dB from 0 dB
 
 
