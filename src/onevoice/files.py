@@ -1,6 +1,8 @@
 """Writing files so that a file is complete once it has its name, rows of JSON, and what kind of file a file is."""
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -9,7 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from onevoice.errors import StorageError
+from onevoice.errors import ConfigError, StorageError
 
 Row = dict[str, Any]
 """One JSON object: a row of a table, or a whole document."""
@@ -23,6 +25,58 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(f"{path}: cannot be written ({reason}); free space or choose another place") from error
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, is_needed: bool = True) -> Iterator[None]:
+    """Keep other processes that call this out of `folder`, which is created; the lock ends with this process.
+
+    Raises `ConfigError` if another process has the lock. A file system without locks, or `is_needed=False`, gives none.
+    """
+    if not is_needed:
+        yield
+        return
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(folder, os.O_RDONLY)
+    try:
+        lock(number, folder)
+        _close_in_forks()
+        _locked.add(number)
+        yield
+    finally:
+        _locked.discard(number)
+        os.close(number)
+
+
+def lock(number: int, path: Path) -> None:
+    """Lock an open file or folder until it is closed; raise `ConfigError` if another process has the lock."""
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{path}: another process is writing to it; let it finish, or choose another place") from None
+    except OSError:  # some network file systems have no locks
+        return
+
+
+_locked: set[int] = set()
+"""Open folders with a lock. A lock ends when all copies of its number are closed, so forked processes close theirs."""
+
+
+@functools.cache
+def _close_in_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _forget_locks() -> None:
+    for number in _locked:
+        os.close(number)
+    _locked.clear()
 
 
 def require_writable(path: Path) -> None:

@@ -44,7 +44,7 @@ class Header:
     utterances: PositiveInt
     samples: PositiveInt
     left_out: NonNegativeInt
-    source_rates: dict[str, PositiveInt]
+    source_rates: dict[Annotated[str, Field(pattern="^[0-9]+$")], PositiveInt]
     sha256: Annotated[dict[Literal["samples.int16", "index.npy"], str], Field(min_length=2)]
     speakers: list[tuple[str, str | None, NonNegativeInt]]
 

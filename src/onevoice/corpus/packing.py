@@ -1,7 +1,7 @@
 """Packing: decodes a corpus once into the form that `onevoice.corpus.pack` reads.
 
-A pack is written in `NAME.part` and renamed when it is complete. If packing is killed, the next run starts over. The
-same corpus and settings give the same bytes for any number of workers.
+A pack is written in `NAME.part`, by one process at a time, and renamed when it is complete. If packing is killed, the
+next run starts over. The same corpus and settings give the same bytes for any number of workers.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_few_broken
 from onevoice.corpus.pack import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, sha256_of
 from onevoice.corpus.recordings import Fault, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
-from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_json, to_json_lines
+from onevoice.files import Row, append_whole, atomic_write, sole_writer, storage_errors, to_json, to_json_lines
 from onevoice.processes import ordered_map
 
 
@@ -156,16 +156,16 @@ def _new_folder(out: Path) -> Iterator[Path]:
         foreign = [path for path in part.iterdir() if path.name not in (SAMPLES, INDEX, ROWS, HEADER)]
         if any(not path.name.startswith(".") for path in foreign):
             raise CorpusError(f"{foreign[0]}: is in the way of packing; move it, or choose another folder")
-        shutil.rmtree(part)
-    try:
-        with storage_errors(part):
-            part.mkdir(parents=True)
-        yield part
-        with storage_errors(out):
-            part.replace(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        with sole_writer(part):
+            shutil.rmtree(part)
+    with sole_writer(part):
+        try:
+            yield part
+            with storage_errors(out):
+                part.replace(out)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def _write_samples(

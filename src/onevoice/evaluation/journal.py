@@ -15,7 +15,7 @@ from typing import Any
 
 from onevoice.errors import ConfigError, StorageError
 from onevoice.evaluation.results import TrialRow
-from onevoice.files import append_whole, storage_errors, to_json_lines, whole_rows
+from onevoice.files import append_whole, lock, storage_errors, to_json_lines, whole_rows
 
 SUFFIX = ".journal.jsonl"
 
@@ -79,7 +79,9 @@ class Journal:
     def _open(self) -> FileIO:
         """Open the file for appending, after its last complete line; a new one begins with the identity."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = to_json_lines(whole_rows(self.path)) or to_json_lines([self.identity])
-        self.path.write_bytes(whole)
         self._stream = self.path.open("ab", buffering=0)
+        lock(self._stream.fileno(), self.path)
+        whole = to_json_lines(whole_rows(self.path)) or to_json_lines([self.identity])
+        self._stream.truncate(0)
+        append_whole(self._stream, whole)
         return self._stream

@@ -24,7 +24,16 @@ from tqdm import tqdm
 
 from onevoice.audio import Mono, write_audio
 from onevoice.errors import CorpusError
-from onevoice.files import Row, append_whole, atomic_write, storage_errors, to_json, to_json_lines, whole_rows
+from onevoice.files import (
+    Row,
+    append_whole,
+    atomic_write,
+    sole_writer,
+    storage_errors,
+    to_json,
+    to_json_lines,
+    whole_rows,
+)
 from onevoice.processes import ordered_map
 
 SETTINGS = "mixture.json"
@@ -102,14 +111,15 @@ def write_trials(
 
     Raises `CorpusError` when the folder holds another run, `StorageError` when it cannot be written.
     """
-    open_folder(folder, settings)
-    outcomes = _all_outcomes(
-        folder, settings["trials"], functools.partial(TrialWriter, folder, start), workers, update_steps
-    )
-    with contextlib.closing(outcomes):
-        for outcome in outcomes:
-            counts.add(outcome)
-    close_folder(folder, settings, asdict(counts))
+    with sole_writer(folder):
+        open_folder(folder, settings)
+        outcomes = _all_outcomes(
+            folder, settings["trials"], functools.partial(TrialWriter, folder, start), workers, update_steps
+        )
+        with contextlib.closing(outcomes):
+            for outcome in outcomes:
+                counts.add(outcome)
+        close_folder(folder, settings, asdict(counts))
 
 
 def open_folder(folder: Path, settings: Row) -> None:

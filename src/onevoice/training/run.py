@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from onevoice.config import to_dict
 from onevoice.errors import ConfigError, TrainingError, WorkerError
 from onevoice.extraction.checkpoint import Card, load_state, load_weights, provenance, save_checkpoint
-from onevoice.files import atomic_write
+from onevoice.files import atomic_write, sole_writer
 from onevoice.models.base import pick_device
 from onevoice.processes import StopRequest, keep_freed_memory, stop_requests
 from onevoice.training.batches import ValidationTrials, open_source
@@ -64,7 +64,11 @@ def train(
         process = None if group.size == 1 else f"process {group.rank} of {group.size}"
         try:
             trainer.begin(resume, load)
-            with stop_requests() as stop_request, explain_errors(trainer.last, process):
+            with (
+                sole_writer(trainer.folder, group.is_first),
+                stop_requests() as stop_request,
+                explain_errors(trainer.last, process),
+            ):
                 return trainer.run(deadline, stop_request)
         finally:
             trainer.learner.leave_group()
@@ -125,7 +129,7 @@ class Trainer:
         if resume is not None and not is_foreign:
             self.folder = Path(resume).parent  # wherever the run has been moved to
         if self.group.restarts and self.last.with_suffix(".resume.pt").exists():
-            self.resume(self.last)
+            self.resume(self.last.with_suffix(".resume.pt"))
         elif resume is not None and not is_foreign:
             self.resume(resume)
         else:
@@ -298,9 +302,10 @@ class Trainer:
 
     def refuse_used_folder(self) -> None:
         """Raise `ConfigError` if the run folder already holds a run."""
-        if self.last.with_suffix(".resume.pt").exists():
+        saved = self.last.with_suffix(".resume.pt")
+        if saved.exists():
             raise ConfigError(
-                f"{self.folder}: already holds a run; resume it with --r {self.last}, "
+                f"{self.folder}: already holds a run; resume it with --r {self.last if self.last.exists() else saved}, "
                 "or give this one another name (--set name=NAME)"
             )
 
