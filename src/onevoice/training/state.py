@@ -275,7 +275,7 @@ def read_resume_file(
         before = from_dict(Experiment, json.loads(saved["experiment"]))  # with defaults for new keys
         before = fill_model_fields(before, len(saved["speakers"]))
         same_data = (list(saved["speakers"]), saved["data"]) == (list(speakers), data_digest)
-        TypeAdapter(Progress).validate_python(saved["progress"], strict=True)
+        TypeAdapter(Progress).validate_python(saved["progress"])
     except (KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{path}: not a resume file ({error}); use --load to take weights alone") from error
     changed = changed_settings(before, experiment) + ([] if same_data else ["the training data"])
