@@ -270,7 +270,7 @@ def _training(trainer: Reader, gpus: Any) -> Json:
 def _metrics(top: Reader) -> list[str]:
     metrics = top.take("metrics", [])
     if not isinstance(metrics, list):
-        raise ConfigError(f"metrics: must be a list, not {json.dumps(metrics)}")
+        raise ConfigError(f"metrics: must be a list, not {metrics!r}")
     named = [str(metric.get("type") if isinstance(metric, Mapping) else metric) for metric in metrics]
     if unknown := [name for name in named if name not in METRICS]:
         raise ConfigError(f"metrics: {unknown[0]!r} has no counterpart; choose {' or '.join(METRICS)}")
