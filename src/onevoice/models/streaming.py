@@ -181,17 +181,15 @@ class Step(nn.Module):
         old = state[f"keys_{name}"], state[f"values_{name}"]
         slots = attention.reach + 1
         slot, ahead = (torch.arange(size, device=frames.device) for size in (slots, count))
+        kept = min(count, slots)
+        place = ((before + ahead) % slots)[-kept:]
+        updated = [held.index_copy(2, place, added[:, :, -kept:]) for held, added in zip(old, new, strict=True)]
+        after[f"keys_{name}"], after[f"values_{name}"] = updated
         if count == 1:  # the new frame takes the slot of the only one that is out of reach, so all others are within
-            is_new = (slot == before % slots)[:, None]
-            keys, values = (torch.where(is_new, *pair) for pair in zip(new, old, strict=True))
-            after[f"keys_{name}"], after[f"values_{name}"] = keys, values
+            keys, values = updated
             allowed = (slot <= before)[None]
         else:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-            kept = min(count, slots)
-            place = ((before + ahead) % slots)[-kept:]
-            for of, held, added in zip(("keys", "values"), old, new, strict=True):
-                after[f"{of}_{name}"] = held.index_copy(2, place, added[:, :, -kept:])
             age = ahead[:, None] + torch.cat([(before - 1 - slot) % slots + 1, -ahead])
             has_come = torch.cat([slot < before, torch.ones_like(ahead, dtype=torch.bool)])
             allowed = (age >= 0) & (age <= attention.reach) & has_come
