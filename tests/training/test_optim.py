@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from onevoice.errors import ConfigError
 from onevoice.models import Network, build
-from onevoice.training.experiment import MuonConfig
+from onevoice.training.experiment import OptimizerConfig
 from onevoice.training.optim import build_optimizer
 
-CONFIG = MuonConfig(learning_rate=0.01)
+CONFIG = OptimizerConfig("muon", learning_rate=0.01)
 
 
 def model_with_gradients(seed: int = 0) -> Network:

@@ -18,7 +18,7 @@ from onevoice.config import from_dict, load_config, to_dict
 from onevoice.errors import ConfigError
 from onevoice.evaluation.run import EvaluationConfig
 from onevoice.extraction.checkpoint import load_checkpoint
-from onevoice.training.experiment import AdamConfig, Experiment, OneCycleConfig
+from onevoice.training.experiment import Experiment, OneCycleConfig, OptimizerConfig
 from onevoice.training.original import (
     is_for_evaluation,
     is_original,
@@ -49,7 +49,7 @@ def test_every_key_is_translated_or_named() -> None:
     assert to_dict(experiment.data.train)["folder"] == "mixes/train"
     assert to_dict(experiment.data.validation)["folder"] == "mixes/test"
     assert (experiment.data.batch_size, experiment.data.validation_batch_size, experiment.data.workers) == (5, 1, 0)
-    assert experiment.optimizer == AdamConfig(learning_rate=0.001)
+    assert experiment.optimizer == OptimizerConfig(learning_rate=0.001)
     assert experiment.scheduler == OneCycleConfig(max_learning_rate=0.002, rising_part=0.2)
     assert (experiment.loss.alpha, experiment.loss.beta, experiment.loss.lambd) == (0.1, 0.1, 0.5)
     training = experiment.training

@@ -16,7 +16,7 @@ from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.extraction.pickled import load_pickled
 from onevoice.models import Network, to_network
-from onevoice.training.experiment import AdamConfig, StableConfig
+from onevoice.training.experiment import OptimizerConfig, StableConfig
 from onevoice.training.optim import WarmupStableDecay, build_optimizer
 from onevoice.training.run import Trainer, train
 from onevoice.training.state import RunningAverage
@@ -374,7 +374,7 @@ def test_a_checkpointed_network_can_be_copied(trainer: Trainer) -> None:
 
 def rates(model: Network, steps: int, **config: Any) -> list[float]:
     """The rate of each step as a fraction of the stable rate."""
-    optimizer = build_optimizer(model, AdamConfig(learning_rate=2.0))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=2.0))
     scheduler = WarmupStableDecay(optimizer, StableConfig(**config), steps)
     found = []
     for _ in range(scheduler.last_step):

@@ -70,36 +70,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class AdamConfig:
-    """Adam or AdamW, with torch's default values."""
+class OptimizerConfig:
+    """Adam or AdamW with torch's default values, or Muon for linear layers and AdamW for the rest."""
 
-    name: Literal["adam", "adamw"] = "adam"
-    """The optimizer; AdamW decouples weight decay from the gradient."""
+    name: Literal["adam", "adamw", "muon"] = "adam"
+    """AdamW decouples weight decay from the gradient; Muon (torch 2.9) orthogonalizes the updates of linear layers."""
     learning_rate: PositiveFloat = 1e-3
-    """The learning rate; a scheduler may replace or scale it."""
+    """The learning rate; a scheduler may replace or scale it. Muon scales its updates to the usual size of AdamW's."""
     weight_decay: NonNegativeFloat = 0.0
     """The weight decay."""
     betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.999)
-    """Decay per step of the running means of the gradient and of its square."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class MuonConfig:
-    """Muon for the matrices of linear layers, AdamW for all other weights; needs torch 2.9."""
-
-    name: Literal["muon"] = "muon"
-    """The optimizer: Muon orthogonalizes the update of each matrix."""
-    learning_rate: PositiveFloat = 1e-3
-    """The learning rate of both; updates of matrices are scaled to the usual size of AdamW's (arXiv 2502.16982)."""
-    weight_decay: NonNegativeFloat = 0.0
-    """The weight decay of both."""
+    """Decay per step of the running means of the gradient and of its square; with Muon, for all other weights."""
     momentum: OpenFraction = 0.95
-    """Decay per step of Muon's running mean of the gradient."""
-    betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.999)
-    """Decay per step of AdamW's running means of the gradient and of its square."""
-
-
-OptimizerConfig = Annotated[AdamConfig | MuonConfig, Field(discriminator="name")]
+    """With Muon: decay per step of its running mean of the gradient."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -222,7 +205,7 @@ class Experiment:
     """The network."""
     loss: MultiLoss = MultiLoss()
     """The training loss."""
-    optimizer: OptimizerConfig = AdamConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
     scheduler: SchedulerConfig = OneCycleConfig()
     """The schedule of the learning rate."""

@@ -13,7 +13,6 @@ from onevoice.errors import CheckpointError, ConfigError
 from onevoice.extraction.checkpoint import Card, State, load_checkpoint, provenance
 from onevoice.models import Network
 from onevoice.training.experiment import (
-    MuonConfig,
     OneCycleConfig,
     OptimizerConfig,
     PlateauConfig,
@@ -29,7 +28,7 @@ def build_optimizer(model: Network, config: OptimizerConfig) -> Optimizer:
 
     Adam is the fused version: one kernel, which changes nothing if its `found_inf` is 1, so the device can skip a step.
     """
-    if isinstance(config, MuonConfig):
+    if config.name == "muon":
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(f"optimizer.name: muon needs torch 2.9 or newer, and this is {torch.__version__}")
         return MuonAndAdamW(model, config)
@@ -38,12 +37,15 @@ def build_optimizer(model: Network, config: OptimizerConfig) -> Optimizer:
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for the weights of linear layers but the classifier, AdamW for the rest; one optimizer to the outside."""
+    """Muon for the weights of linear layers but the classifier, AdamW for the rest; one optimizer to the outside.
+
+    Updates of matrices are scaled to the usual size of AdamW's (arXiv 2502.16982), so that one rate serves both.
+    """
 
     found_inf: Tensor | None = None
     """Set by the training step: 1 makes the next step do nothing. On a GPU, Muon waits for it."""
 
-    def __init__(self, model: Network, config: MuonConfig) -> None:
+    def __init__(self, model: Network, config: OptimizerConfig) -> None:
         named = dict(model.named_parameters())
         matrices = {
             name for name, weight in named.items()
