@@ -115,7 +115,7 @@ def test_from_shards_to_weights(
     _, card = load_model(home / "best.safetensors")
     assert card.facts["step"] == 2
     assert (home / "best.safetensors").read_bytes() == (gpu / "runs/gpu_pool/best.safetensors").read_bytes()
-    assert set(json.loads((home / "validation.json").read_text())["metrics"]) == {"si_sdr", "si_sdr_improvement"}
+    assert set(json.loads((home / "validation.json").read_text())["metrics"]) >= {"si_sdr", "si_sdr_improvement"}
 
 
 def git_directory() -> Path:
