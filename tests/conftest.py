@@ -10,13 +10,23 @@ from jaxtyping import install_import_hook
 hook = install_import_hook("onevoice", "beartype.beartype")
 hook.__enter__()
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from voices import make_corpus, make_trials  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
 SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A test that leaves another number of threads behind would change the last bits of the tests after it."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(scope="session")

@@ -156,9 +156,12 @@ def test_a_recording_is_the_same_for_any_number_of_threads(monkeypatch: pytest.M
     monkeypatch.setattr(windows, "WHOLE_SECONDS", 5.5)
     extractor = extractor_of(SMALL_CONFIGS["spexplus"])
     voice, found = extractor.enroll(Voice.number(0).say(2, 2.0), 8000), []
+    before = torch.get_num_threads()
     for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.set_num_threads(threads)
         found.append(extractor.extract(recording(6.0), 8000, voice))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
     np.testing.assert_array_equal(*found)
 
 
