@@ -7,8 +7,8 @@ import torch
 from tiny import SMALL_CONFIGS
 from torch import Tensor, nn
 
-from onevoice.errors import ConfigError
 from onevoice.models import Network, build
+from onevoice.training import muon
 from onevoice.training.experiment import OptimizerConfig
 from onevoice.training.optim import build_optimizer
 
@@ -77,7 +77,39 @@ def test_a_loaded_state_goes_on_with_the_same_bits() -> None:
     assert all(torch.equal(value, weights(copied)[name]) for name, value in weights(model).items())
 
 
-def test_a_torch_without_muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ConfigError, match=r"optimizer\.name: muon needs torch 2\.9 or newer"):
-        build_optimizer(model_with_gradients(), CONFIG)
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_moves_as_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps with wide, tall, and square matrices, and one without a gradient; torch computes in bfloat16."""
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((6, 10), (10, 6), (8, 8), (6, 10), (3, 3))]
+    theirs = copy.deepcopy(ours)
+    each = (
+        muon.Muon(ours, 0.01, weight_decay=0.1, momentum=0.9),
+        torch.optim.Muon(theirs, 0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+    )
+    before = ours[0].detach().clone()
+    for _ in range(5):
+        for mine, its in zip(ours[:-1], theirs[:-1], strict=True):
+            mine.grad = its.grad = torch.randn_like(mine)
+        for optimizer in each:
+            optimizer.step()
+    step = (ours[0] - before).abs().mean().item()
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=0.02 * step)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 9), (3, 9, 5), (1, 4, 4), (1, 1, 4)])
+def test_orthogonalized_matrices_keep_their_singular_vectors(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: False)
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = muon.orthogonalize(matrices)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    rotated = left.mT @ found @ right.mT  # the singular values of the result, if its vectors are the same
+    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+    assert (values > 0.05).all()
+    torch.testing.assert_close(rotated, torch.diag_embed(diagonal), rtol=0, atol=1e-5)
+    assert 0.6 < diagonal.min() <= diagonal.max() < 1.3
+    assert muon.orthogonalize(torch.zeros(shape)).abs().max() == 0

@@ -16,6 +16,7 @@ from onevoice.errors import CheckpointError, ConfigError, TrainingError
 from onevoice.extraction.checkpoint import load_checkpoint
 from onevoice.extraction.pickled import load_pickled
 from onevoice.models import Network, to_network
+from onevoice.training import step as step_module
 from onevoice.training.experiment import OptimizerConfig, StableConfig
 from onevoice.training.optim import WarmupStableDecay, build_optimizer
 from onevoice.training.run import Trainer, train
@@ -478,3 +479,18 @@ def test_weights_of_earlier_epochs_are_kept(trials: Path, tmp_path: Path) -> Non
     assert kept == ["epoch-0002.safetensors", "epoch-0004.safetensors"]
     assert load_checkpoint(folder / kept[0])[1].facts["step"] == 2
     assert equal(load_checkpoint(folder / kept[1])[0], weights(folder))
+
+
+@pytest.mark.parametrize(
+    ("has", "name", "used"),
+    [(True, "auto", torch.bfloat16), (False, "auto", torch.float32), (False, "bfloat16", torch.bfloat16)],
+)
+def test_the_precision_of_a_processor(
+    trials: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool, name: str, used: torch.dtype
+) -> None:
+    """`auto` never takes a type that the processor emulates; whoever asks for one is told that it is slow."""
+    monkeypatch.setattr(step_module, "has_bfloat16", lambda device: has)
+    said: list[str] = []
+    trainer = Trainer(experiment(trials, tmp_path, training__precision=name), said.append)
+    assert trainer.learner.precision is used
+    assert any("emulated" in line for line in said) == (name == "bfloat16")

@@ -52,7 +52,7 @@ from onevoice.extraction.windows import (
     resume_at,
 )
 from onevoice.models import Batch, ModelConfig, Network, to_network
-from onevoice.models.base import Level, pick_device
+from onevoice.models.base import Level, has_bfloat16, pick_device
 
 MIN_ENROLLMENT_SECONDS = 0.5
 """Shorter enrollments raise an error; 3 s or more of clean speech are best."""
@@ -301,13 +301,8 @@ def load(
 
 
 def pick_precision(device: torch.device) -> Precision:
-    """Return bfloat16 if the processor has instructions for it, because it is faster then; float32 otherwise."""
-    has_bfloat16 = (
-        device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    )
-    return "bfloat16" if has_bfloat16 else "float32"
+    """Return bfloat16 for a processor that multiplies in it, because it is faster then; float32 otherwise."""
+    return "bfloat16" if device.type == "cpu" and has_bfloat16(device) else "float32"
 
 
 def check_enrollment(samples: Mono, sample_rate: int, name: str) -> None:

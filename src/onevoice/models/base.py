@@ -203,6 +203,17 @@ def pick_device(name: str = "auto", key: str = "device") -> torch.device:
     return torch.device(name)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies in bfloat16; the others emulate it, several times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    )
+
+
 def missing_for_compiling(device: torch.device) -> str | None:
     """Return what `torch.compile` needs for a device and cannot find; None if it can work."""
     if device.type == "cpu":

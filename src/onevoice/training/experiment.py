@@ -74,7 +74,7 @@ class OptimizerConfig:
     """Adam or AdamW with torch's default values, or Muon for linear layers and AdamW for the rest."""
 
     name: Literal["adam", "adamw", "muon"] = "adam"
-    """AdamW decouples weight decay from the gradient; Muon (torch 2.9) orthogonalizes the updates of linear layers."""
+    """AdamW decouples weight decay from the gradient; Muon orthogonalizes the updates of linear layers."""
     learning_rate: PositiveFloat = 1e-3
     """The learning rate; a scheduler may replace or scale it. Muon scales its updates to the usual size of AdamW's."""
     weight_decay: NonNegativeFloat = 0.0
@@ -167,8 +167,9 @@ class TrainingConfig:
     """Decay of a running average of the weights, which is what is validated and shipped; null for none."""
     clip_gradient_norm: PositiveFloat | None = 5.0
     """Maximum norm of the gradient; a larger one is scaled down to it. Null for no limit."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the matrix products; weights and statistics stay float32. float16 scales the loss."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type of the matrix products; weights and statistics stay float32. auto is bfloat16 on a processor or GPU that
+    multiplies in it, and float32 on others. float16 scales the loss."""
     compile: Annotated[bool, FREE] = False
     """Compile the network (`torch.compile`): steps take half the time or less, after a start of a minute or two."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], FREE] = "auto"

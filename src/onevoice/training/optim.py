@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from onevoice.errors import CheckpointError, ConfigError
+from onevoice.errors import CheckpointError
 from onevoice.extraction.checkpoint import Card, State, load_checkpoint, provenance
 from onevoice.models import Network
 from onevoice.training.experiment import (
@@ -19,28 +18,24 @@ from onevoice.training.experiment import (
     SchedulerConfig,
     StableConfig,
 )
+from onevoice.training.muon import Muon
 
 Scheduler = LRScheduler | ReduceLROnPlateau | None
 
 
 def build_optimizer(model: Network, config: OptimizerConfig) -> Optimizer:
-    """Return the optimizer over all parameters of `model`. Raises `ConfigError` if this torch does not have it.
+    """Return the optimizer over all parameters of `model`.
 
     Adam is the fused version: one kernel, which changes nothing if its `found_inf` is 1, so the device can skip a step.
     """
     if config.name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ConfigError(f"optimizer.name: muon needs torch 2.9 or newer, and this is {torch.__version__}")
         return MuonAndAdamW(model, config)
     kind: type[Adam] = {"adam": Adam, "adamw": AdamW}[config.name]
     return kind(model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for the weights of linear layers but the classifier, AdamW for the rest; one optimizer to the outside.
-
-    Updates of matrices are scaled to the usual size of AdamW's (arXiv 2502.16982), so that one rate serves both.
-    """
+    """Muon for the weights of linear layers but the classifier, AdamW for the rest; one optimizer to the outside."""
 
     found_inf: Tensor | None = None
     """Set by the training step: 1 makes the next step do nothing. On a GPU, Muon waits for it."""
@@ -52,10 +47,7 @@ class MuonAndAdamW(Optimizer):
             if weight.ndim == 2 and name.endswith(".weight") and not name.startswith("classifier.")
         }  # fmt: skip
         rate, decay = config.learning_rate, config.weight_decay
-        muon = torch.optim.Muon(
-            [weight for name, weight in named.items() if name in matrices],
-            rate, decay, config.momentum, adjust_lr_fn="match_rms_adamw",
-        )  # fmt: skip
+        muon = Muon([weight for name, weight in named.items() if name in matrices], rate, decay, config.momentum)
         rest = [weight for name, weight in named.items() if name not in matrices]
         self.parts = (muon, AdamW(rest, rate, config.betas, weight_decay=decay, fused=True))
         super().__init__([group for part in self.parts for group in part.param_groups], {})

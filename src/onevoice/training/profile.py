@@ -27,7 +27,6 @@ from onevoice.processes import keep_freed_memory
 from onevoice.training.experiment import ConstantConfig, Experiment
 from onevoice.training.roofline import Ceilings, Cost, CostCounter, measure_ceilings, synchronize
 from onevoice.training.run import Trainer
-from onevoice.training.step import PRECISIONS
 from onevoice.trials.reading import TrialBatch
 
 WARM_UP, TRACED = 3, 2
@@ -178,7 +177,7 @@ FOOTNOTES = (
 
 
 def _measure(trainer: Trainer, steps: int, folder: Path, clock: Callable[[], float]) -> Profile:
-    device, precision = trainer.device, PRECISIONS[trainer.experiment.training.precision]
+    device, precision = trainer.device, trainer.learner.precision
     batches = _batches(trainer)
     for _ in range(WARM_UP):
         trainer.learner.step(next(batches))
@@ -275,14 +274,11 @@ def _peak_bytes(device: torch.device) -> int:
 
 def _describe(trainer: Trainer, steps: int, size: int, samples: int) -> str:
     """Describe the steps and the device."""
-    device, settings = trainer.device, trainer.experiment
+    device, precision = trainer.device, str(trainer.learner.precision).removeprefix("torch.")
     cpu = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu if device.type == "cpu" else "1 device"
-    seconds = samples / settings.model.sample_rate
-    return (
-        f"{steps} steps of {size} × {seconds:g} s on {device.type} ({name}), {settings.training.precision}, "
-        f"torch {torch.__version__}"
-    )
+    seconds = samples / trainer.experiment.model.sample_rate
+    return f"{steps} steps of {size} × {seconds:g} s on {device.type} ({name}), {precision}, torch {torch.__version__}"
 
 
 def _rate(amount: int, steps: int, seconds: float, ceiling: float, unit: str) -> str:

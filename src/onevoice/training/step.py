@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from onevoice.errors import TrainingError
 from onevoice.models import Batch, to_network
-from onevoice.models.base import missing_for_compiling
+from onevoice.models.base import has_bfloat16, missing_for_compiling
 from onevoice.training.distributed import Group, distribute, sync_gradients
 from onevoice.training.experiment import Experiment
 from onevoice.training.loss import LossTerms
@@ -44,7 +44,7 @@ class Learner:
         state.model.recompute = settings.checkpoint_activations
         self.network: nn.Module = distribute(state.model, group)
         """What predicts: the model, or in a group a wrapper that averages gradients over the processes."""
-        self.precision = PRECISIONS[settings.precision]
+        self.precision = self._pick_precision()
         self.trial_names: list[str] = []
         """The trials of the last batch."""
         self.learning_rate = 0.0
@@ -160,6 +160,14 @@ class Learner:
         if missing is not None:
             self.say(f"training.compile: {missing} is missing; training without it, steps take longer")
         return missing is None
+
+    def _pick_precision(self) -> torch.dtype:
+        name = self.experiment.training.precision
+        if name == "auto":
+            return torch.bfloat16 if has_bfloat16(self.device) else torch.float32
+        if name == "bfloat16" and not has_bfloat16(self.device):
+            self.say("training.precision: bfloat16 is emulated on this processor and slow; auto takes float32 here")
+        return PRECISIONS[name]
 
 
 def to_device(batch: TrialBatch, device: torch.device) -> tuple[Batch, Float[Tensor, "batch samples"], Tensor]:
