@@ -3,7 +3,8 @@
     python benchmarks/extract_speed.py [--threads 2] [--repeats 5] [--seconds 10 600 3600] [--pretrained NAME]
 
 The first table is for 10 s of sound: the plain layers of torch with the same sizes (`plain_layers.py`), for SpEx+, and
-ours in float32 and bfloat16. Runs alternate; the table shows medians, and how far an estimate is from that of float32.
+ours in float32 and bfloat16, and the exported network in ONNX Runtime and OpenVINO if they are installed. Runs
+alternate; the table shows medians, and how far an estimate is from that of float32.
 The second table runs the command as a process on the sample recording, tiled to a length, in stereo at 44.1 kHz:
 seconds of sound per second of time and of processor time, and peak memory. Its first row is the start-up.
 
@@ -11,13 +12,18 @@ On a busy machine, `--threads 1` and processor time are the figures to compare.
 """
 
 import argparse
+import functools
+import importlib
+import importlib.util
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -26,43 +32,69 @@ from plain_layers import PlainSpExPlus
 
 from onevoice.audio import read_audio, resample
 from onevoice.evaluation.demo import SAMPLES
+from onevoice.evaluation.metrics import si_sdr
+from onevoice.extraction import onnx
+from onevoice.extraction.export import export
 from onevoice.extraction.extractor import Extractor, load
+from onevoice.extraction.voice import Voice
 from onevoice.models import SpExPlusConfig
 from onevoice.processes import keep_freed_memory
 
+Run = Callable[[], Any]
 COMMAND = [sys.executable, "-m", "onevoice", "extract"]
 
 
+def exported_networks(extractor: Extractor, sound: np.ndarray, voice: Voice, threads: int) -> dict[str, Run]:
+    """Return the exported network in ONNX Runtime and in OpenVINO, if they are installed."""
+    runs: dict[str, Run] = {}
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        return runs
+    with tempfile.TemporaryDirectory() as folder:
+        export(extractor, Path(folder) / "graphs")
+        network = onnx.load(Path(folder) / "graphs", threads)
+        its_voice = onnx.OnnxVoice(voice.embedding.numpy(), network.model_hash)
+        network.extract(sound, extractor.sample_rate, its_voice)  # opens what it needs before the folder goes
+        runs["ONNX Runtime"] = lambda: network.extract(sound, extractor.sample_rate, its_voice)
+        if importlib.util.find_spec("openvino"):
+            openvino: Any = importlib.import_module("openvino")
+            limits = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+            graph = openvino.Core().compile_model(str(Path(folder) / "graphs" / "extract.onnx"), "CPU", limits)
+            multiple = network.facts["multiple_of"]
+            audio = np.pad((sound - sound.mean()) / sound.std(), (0, -len(sound) % multiple))[None]
+            runs["OpenVINO"] = lambda: graph({"audio": audio, "embedding": voice.embedding.numpy()})[0][0, : len(sound)]
+    return runs
+
+
 def measure_network(pretrained: str | None, repeats: int, threads: int) -> None:
-    plain = load(pretrained, device="cpu")
-    voice = plain.enroll(read_audio(SAMPLES / "enrollment.flac")[0], 16_000)
-    sound = np.resize(read_audio(SAMPLES / "mixture.flac", plain.sample_rate)[0], 10 * plain.sample_rate)
-    extractors = {"float32": plain, "bfloat16": Extractor(plain.model, plain.card, "bfloat16")}
-    results = {name: extractor.extract(sound, plain.sample_rate, voice) for name, extractor in extractors.items()}
-    layers = PlainSpExPlus(plain.card.config).eval() if isinstance(plain.card.config, SpExPlusConfig) else None
-    batch = {"audio": torch.from_numpy(sound)[None], "ref": torch.from_numpy(sound)[None, :8000]}
-    times: dict[str, list[float]] = {name: [] for name in ("plain layers", *extractors)}
-    for _ in range(repeats):
-        for name, extractor in extractors.items():
-            begin = time.process_time()
-            extractor.extract(sound, plain.sample_rate, voice)
-            times[name].append(time.process_time() - begin)
-        if layers is not None:
-            begin = time.process_time()
-            with torch.inference_mode():
-                layers(batch)
-            times["plain layers"].append(time.process_time() - begin)
+    ours = load(pretrained, device="cpu")
+    voice = ours.enroll(read_audio(SAMPLES / "enrollment.flac")[0], 16_000)
+    sound = np.resize(read_audio(SAMPLES / "mixture.flac", ours.sample_rate)[0], 10 * ours.sample_rate)
+    runs: dict[str, Run] = {}
+    if isinstance(ours.card.config, SpExPlusConfig):
+        layers = PlainSpExPlus(ours.card.config).eval()
+        batch = {"audio": torch.from_numpy(sound)[None], "ref": torch.from_numpy(sound)[None, :8000]}
+        runs["plain layers"] = lambda: layers(batch)
+    for name in ("float32", "bfloat16"):
+        extractor = Extractor(ours.model, ours.card, name)
+        runs[name] = functools.partial(extractor.extract, sound, ours.sample_rate, voice)
+    runs.update(exported_networks(ours, sound, voice, threads))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, Any] = {}
+    with torch.inference_mode():
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                begin = time.process_time()
+                results[name] = run()
+                if turn:  # the first one warms up
+                    times[name].append(time.process_time() - begin)
     reference = results["float32"].astype(float)
+    base = statistics.median(times[next(iter(times))])
     for name, seconds in times.items():
-        if seconds:
-            base = statistics.median(times["plain layers"] or times["float32"])
-            error = results.get(name, reference) - reference
-            far = 10 * np.log10(max((error**2).sum(), 1e-30) / (reference**2).sum())
-            middle = statistics.median(seconds)
-            print(
-                f"{name:14}{10 * threads / middle:8.1f}x real time {base / middle:6.2f}x {far:8.1f} dB from float32",
-                flush=True,
-            )
+        middle, far = statistics.median(seconds), ""
+        if name != "plain layers":  # whose weights are random
+            level = -si_sdr(results[name], reference)
+            far = f"{max(level, -200):8.1f} dB from float32"
+        print(f"{name:14}{10 * threads / middle:8.1f}x real time {base / middle:6.2f}x {far}", flush=True)
 
 
 def write_recording(path: Path, seconds: float) -> None:
