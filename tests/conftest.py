@@ -18,7 +18,6 @@ import torch  # noqa: E402
 from voices import make_corpus, make_trials  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
-SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from onevoice.audio import write_audio
 from onevoice.corpus.listing import Corpus
 
 RATE = 8000
+SHARED_SPEECH = Path(__file__).parents[2] / "shared" / "speech"
+"""Real recordings, where there are some beside the checkout."""
 
 
 def touch(root: Path, *names: str) -> Path:

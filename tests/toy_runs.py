@@ -3,15 +3,17 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tiny import TINY
+from tiny import TINY, Outcome
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from onevoice.cli import main
@@ -56,7 +58,9 @@ def write_experiment(path: Path, trials: Path, **changes: Any) -> Path:
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "onevoice.cli.training", "onevoice.training.run", "torch._dynamo"])
+SERVER.set_forkserver_preload(
+    ["pytest", "onevoice.cli.training", "onevoice.training.run", "onevoice.extraction.recording", "torch._dynamo"]
+)
 PATIENCE = 300.0
 """Seconds that a process may take; far more than it needs, for machines under load."""
 
@@ -104,6 +108,34 @@ def _lead_group(output: Path, work: Callable[..., None], *arguments: object) -> 
         os.dup2(stream.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     work(*arguments)
+
+
+def forked_process(arguments: Sequence[object]) -> Outcome:
+    """Run a command line as `tiny.process` does, in this folder, but in a process that `start` forks."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        child = start(Path(folder) / "output", _run_python, errors, Path.cwd(), [str(each) for each in arguments])
+        child.process.join(PATIENCE)
+        if child.process.exitcode is None:
+            os.killpg(child.process.pid, signal.SIGKILL)
+            raise AssertionError(f"no end after {PATIENCE:.0f} s: {arguments}")
+        return Outcome(child.process.exitcode, child.output.read_text(), errors.read_text())
+
+
+def _run_python(errors: Path, folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder)
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    os.environ["COLUMNS"] = "120"
+    kind, sys.argv = arguments[0], arguments
+    if kind == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(kind).parent))
+        runpy.run_path(kind, run_name="__main__")
 
 
 def run_command(*arguments: object) -> None:

@@ -16,7 +16,7 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 from tiny import ROOT, TINY, Outcome, command, full_disk, process, save_tiny
-from toy_runs import write_experiment
+from toy_runs import PATIENCE, forked_process, write_experiment
 from voices import Voice, make_corpus, make_trials
 
 from onevoice.audio import write_audio
@@ -242,7 +242,7 @@ def test_a_command_ends_after_an_error_in_a_worker(home: Home) -> None:
         [sys.executable, "-m", "onevoice", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 2
@@ -254,7 +254,7 @@ def test_bad_sound_in_a_separate_process(home: Home) -> None:
     cut(home.mixture)
     before = home.files()
     check_error(process(["-m", "onevoice", *home.arguments("extract")]), home.mixture, "truncated")
-    check_error(process([ROOT / "eval.py", *home.arguments("eval")[1:]]), "truncated")
+    check_error(forked_process([ROOT / "eval.py", *home.arguments("eval")[1:]]), "truncated")
     assert home.files() == before
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import ROOT, Outcome, command, process, save_tiny
-from toy_runs import write_experiment
+from toy_runs import forked_process, write_experiment
 from voices import make_trials
 
 from onevoice.audio import read_audio
@@ -91,7 +91,7 @@ def test_load_starts_at_step_0(home: Path, capsys: pytest.CaptureFixture[str]) -
 def test_evaluation_prints_and_writes(home: Path, tmp_path: Path) -> None:
     (tmp_path / "test.json").write_text(json.dumps({"data_dir": str(home / "mixed"), "jobs": 1}))
     arguments = ["--c", tmp_path / "test.json", "--r", home / "runs/toy/best.safetensors", "-o", tmp_path / "r.json"]
-    done = good(process([ROOT / "eval.py", *arguments]))
+    done = good(forked_process([ROOT / "eval.py", *arguments]))
     result = json.loads((tmp_path / "r.json").read_text())
     for title, name in (("SI-SDR", "si_sdr"), ("PESQ", "pesq"), ("SI-SDRi", "si_sdr_improvement"), ("STOI", "stoi")):
         (line,) = [line for line in done.out.splitlines() if line.startswith(f"{title} ")]
@@ -124,7 +124,7 @@ def test_extraction_of_a_file(home: Path, tmp_path: Path) -> None:
     mixture = sorted((home / "mixed").glob("*-mixed.wav"))[0]
     enrollment = str(mixture).replace("-mixed", "-ref")
     arguments = [mixture, enrollment, tmp_path / "o.wav", "--checkpoint", home / "runs/toy/best.safetensors"]
-    done = good(process(["-m", "onevoice", "extract", *arguments, "--residual", tmp_path / "rest.wav"]))
+    done = good(forked_process(["-m", "onevoice", "extract", *arguments, "--residual", tmp_path / "rest.wav"]))
     assert done.out.startswith(f"{tmp_path / 'o.wav'}: 1.0 s of sound in ")
     assert done.err == ""
     estimate, residual = read_audio(tmp_path / "o.wav"), read_audio(tmp_path / "rest.wav")

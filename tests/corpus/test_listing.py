@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED_SPEECH
-from corpora import RATE, ids, shard, sound, speak, touch
+from corpora import RATE, SHARED_SPEECH, ids, shard, sound, speak, touch
 
 from onevoice.audio import write_audio
 from onevoice.cli.data import corpus_app

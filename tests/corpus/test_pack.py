@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import SHARED_SPEECH
+from corpora import SHARED_SPEECH
 from voices import Voice, make_corpus
 
 from onevoice.audio import write_audio

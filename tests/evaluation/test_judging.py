@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import command, process, save_tiny
+from tiny import command, save_tiny
+from toy_runs import forked_process
 from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
@@ -67,7 +68,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(
     """Killed within the second batch of three, and with half a line of the journal on the disk."""
     same = [*arguments(home), "-o", tmp_path / "r.json", "--save-estimates", home / "estimates"]
     fifth = find_trials(home / "trials")[4].name
-    killed = process(["-c", KILLED, fifth, *same])
+    killed = forked_process(["-c", KILLED, fifth, *same])
     assert killed.status == -9, killed.err
     journal = tmp_path / "r.journal.jsonl"
     assert len(journal.read_bytes().splitlines()) == 6

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from original import ORIGINAL, ConfigParser, original_checkpoint, random_network, their_name
-from tiny import ROOT, command, process
+from tiny import ROOT, command
+from toy_runs import forked_process
 
 import onevoice
 from onevoice.errors import CheckpointError
@@ -296,7 +297,7 @@ def test_whole_frames_end_with_the_last_whole_frame() -> None:
 
 
 def test_the_download_script_names_the_weights_to_use() -> None:
-    result = process([ROOT / "download_checkpoint.py"])
+    result = forked_process([ROOT / "download_checkpoint.py"])
     assert (result.status, result.err) == (0, "")
     assert "nothing to download: the weights spexplus-small-16k-v1 come with onevoice" in result.out
     assert "as checkpoints/final_run/checkpoint.pth" in result.out

@@ -1,13 +1,12 @@
 """The bench for ideas: configs trained for equal time on the same draws."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import ROOT
-from toy_runs import write_experiment
+from toy_runs import forked_process, write_experiment
 from voices import make_trials
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,17 +20,16 @@ def config(tmp_path: Path) -> Path:
     return write_experiment(tmp_path / "toy.json", make_trials(tmp_path / "trials", 8), training__ema=0.9)
 
 
-def test_every_contender_gets_its_time_and_a_comparison(config: Path) -> None:
+def test_every_contender_gets_its_time_and_a_comparison(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(config.parent)
     command = [ROOT / "benchmarks" / "duel.py", config, "plain", "small: model.hidden=4 model.channels=4"]
     options = ["--seconds", "0.6", "--turn", "0.1", "--validations", "2"]
-    done = subprocess.run(
-        [sys.executable, *map(str, command), *options], capture_output=True, text=True, cwd=config.parent, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = [match.groups() for match in map(ROW.fullmatch, done.stdout.splitlines()) if match]
+    done = forked_process([*command, *options])
+    assert (done.status, done.err) == (0, "")
+    rows = [match.groups() for match in map(ROW.fullmatch, done.out.splitlines()) if match]
     assert [name for name, _, _ in rows] == ["plain", "small", "plain", "small"]
     assert all(int(examples) > 0 for _, _, examples in rows)
-    assert done.stdout.splitlines()[-1].startswith("small − plain: ")
+    assert done.out.splitlines()[-1].startswith("small − plain: ")
     assert not (config.parent / "runs").exists()
 
 
