@@ -14,8 +14,6 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from voices import make_corpus, make_trials  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests were started from
 
@@ -23,6 +21,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wh
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """A test that leaves another number of threads behind would change the last bits of the tests after it."""
+    import torch  # here, because the process that hands out the tests needs none of it
+
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before
@@ -31,10 +31,14 @@ def same_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four toy speakers with four utterances of 4 s at 8 kHz, in the layout of LibriSpeech."""
+    from voices import make_corpus
+
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 toy trials of 1 s with four speakers."""
+    from voices import make_trials
+
     return make_trials(tmp_path_factory.mktemp("trials"), 24)

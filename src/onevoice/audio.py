@@ -10,6 +10,7 @@ The rules:
 """
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -182,43 +183,33 @@ def encode_blocks(
     is_pcm16 = (subtype or soundfile.default_subtype(kind)) == "PCM_16"
     if kind == "WAV" and 4 * samples * channels > MAX_WAV_BYTES:
         kind = "RF64"
-    target = _ErrorKeeper(stream)
-
-    @contextlib.contextmanager
-    def explained() -> Iterator[None]:
-        try:
-            yield
-        except (soundfile.LibsndfileError, AssertionError, ValueError) as error:
-            target.check()
-            raise AudioError(
-                f"{name}: cannot be encoded at {sample_rate} Hz ({_reason(error)}); use .wav or .flac"
-            ) from error
-        target.check()
-
-    def write(block: Block) -> None:
-        with explained():
-            for first in range(0, len(block), BLOCK):
-                part = block[first : first + BLOCK]
-                file.write(to_pcm16(part) if is_pcm16 else part)
-
-    with explained():
+    target = _ErrorKeeper(stream, f"{name}: cannot be encoded at {sample_rate} Hz")
+    with target.explained():
         file = soundfile.SoundFile(target, "w", sample_rate, channels, subtype, format=kind)
     try:
-        yield write
+        yield functools.partial(_write_block, file, target, is_pcm16)
     except BaseException:  # the error of the caller is the one to tell
         with contextlib.suppress(soundfile.LibsndfileError):
             file.close()
         raise
-    with explained():
+    with target.explained():
         file.close()
     _erase_time(stream)
+
+
+def _write_block(file: soundfile.SoundFile, target: "_ErrorKeeper", is_pcm16: bool, block: Block) -> None:
+    with target.explained():
+        for first in range(0, len(block), BLOCK):
+            part = block[first : first + BLOCK]
+            file.write(to_pcm16(part) if is_pcm16 else part)
 
 
 class _ErrorKeeper:
     """A stream for libsndfile, which loses the errors of the streams it writes to."""
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    def __init__(self, stream: io.BufferedIOBase, complaint: str) -> None:
         self.stream = stream
+        self.complaint = complaint
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
@@ -241,8 +232,17 @@ class _ErrorKeeper:
                 self.error = error
         return 0
 
-    def check(self) -> None:
-        """Raise the error of the stream, if there was one."""
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise the error of the stream, if there was one, and `AudioError` for what libsndfile cannot encode."""
+        try:
+            yield
+        except (soundfile.LibsndfileError, AssertionError, ValueError) as error:
+            self._check()
+            raise AudioError(f"{self.complaint} ({_reason(error)}); use .wav or .flac") from error
+        self._check()
+
+    def _check(self) -> None:
         if self.error is not None:
             raise self.error
 

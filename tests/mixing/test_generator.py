@@ -216,7 +216,7 @@ from onevoice.corpus.listing import scan
 from onevoice.mixing.generator import MixtureGenerator
 if __name__ == "__main__":
     corpus, out, workers = sys.argv[1:]
-    generator = MixtureGenerator(scan(corpus), out, nfiles=80, test=False, randomState=1, sample_rate=8000)
+    generator = MixtureGenerator(scan(corpus), out, nfiles=50, test=False, randomState=1, sample_rate=8000)
     generator.generate_mixes(num_workers=int(workers), audioLen=1)
 """
 
@@ -241,7 +241,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     script.write_text(RUN)
     command = [sys.executable, str(script), str(corpus_with_faults), str(out), str(workers)]
     kept = 0
-    for rows in (4, 30):
+    for rows in (3, 6):
         with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
             while process.poll() is None and lines_in(out / MANIFEST) < kept + rows:
                 time.sleep(0.002)
@@ -255,7 +255,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         kept = lines_in(out / MANIFEST)
         assert kept >= rows
         assert json.loads((out / SETTINGS).read_text())["summary"] is None
-    generate(corpus_with_faults, out, count=80)
+    generate(corpus_with_faults, out, count=50)
     assert content(out) == whole
 
 
@@ -263,7 +263,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 def whole(corpus_with_faults: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run leaves that nobody stops."""
     folder = tmp_path_factory.mktemp("whole")
-    generate(corpus_with_faults, folder, count=80)
+    generate(corpus_with_faults, folder, count=50)
     return content(folder)
 
 

@@ -152,8 +152,8 @@ def test_compiled_bfloat16_learns_as_float32_does() -> None:
     curves = []
     for compiled in (False, True):
         model = smallest_network(compiled).train()
-        optimizer, curve = torch.optim.Adam(model.parameters(), 1e-3), []
-        for _ in range(200):
+        optimizer, curve = torch.optim.Adam(model.parameters(), 4e-3), []
+        for _ in range(60):
             with torch.autocast("cpu", torch.bfloat16, enabled=compiled):
                 prediction = model(inputs)
             loss = MultiLoss()(prediction, target.float(), speaker).total
@@ -162,7 +162,7 @@ def test_compiled_bfloat16_learns_as_float32_does() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             curve.append(float(loss.detach()))
-        curves.append(torch.tensor(curve).unflatten(0, (10, 20)).mean(1))
+        curves.append(torch.tensor(curve).unflatten(0, (10, 6)).mean(1))
     plain, compiled_curve = curves
     assert plain[0] - plain[-1] > 5
     assert (plain - compiled_curve).abs().max() < 0.1 * (plain[0] - plain[-1])

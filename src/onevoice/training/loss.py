@@ -42,13 +42,7 @@ def si_sdr(
     estimate, target = estimate.float(), target.float()
     valid = valid_mask(target.shape[1], length, target)
     count = target.shape[1] if valid is None else valid.sum(1, keepdim=True)
-
-    def center(signal: Tensor) -> Tensor:
-        signal = signal if valid is None else signal * valid
-        signal = signal - signal.sum(1, keepdim=True) / count
-        return signal if valid is None else signal * valid
-
-    estimate, target = center(estimate), center(target)
+    estimate, target = (_center(signal, valid, count) for signal in (estimate, target))
     scale = (estimate * target).sum(1, keepdim=True) / (target.square().sum(1, keepdim=True) + eps)
     projection = scale * target
     signal_energy = projection.square().sum(1)
@@ -56,6 +50,12 @@ def si_sdr(
     if limit_db is not None:
         error_energy = error_energy + 10 ** (-limit_db / 10) * signal_energy
     return 10 * (torch.log10(signal_energy + eps) - torch.log10(error_energy + eps))
+
+
+def _center(signal: Wave, valid: Wave | None, count: Tensor | int) -> Wave:
+    signal = signal if valid is None else signal * valid
+    signal = signal - signal.sum(1, keepdim=True) / count
+    return signal if valid is None else signal * valid
 
 
 def suppression(
