@@ -59,7 +59,7 @@ def open_page(
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     command = [CHROMIUM, *FLAGS, scheme, f"--user-data-dir={folder / 'profile'}", f"--window-size={size}"]
     command.append(f"--virtual-time-budget={1000 * seconds}")
-    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=180, check=True)
+    done = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=300, check=True)
     match = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]

@@ -43,6 +43,7 @@ def test_runs_to_its_end(corpus: Path, tmp_path: Path, has_val_corpus: bool) -> 
         settings |= {"VAL_CORPUS": str(val_corpus), "TRAIN_SNRS_DB": "3", "VAL_SNRS_DB": "-2"}
     environment = {**os.environ, **{f"ONEVOICE_{name}": value for name, value in settings.items()}}
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
+    command += ["--ExecutePreprocessor.startup_timeout=300"]  # the default, a minute, is short under load
     done = subprocess.run(
         [*command, str(NOTEBOOK)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,5 +1,6 @@
 """Experiments of a few steps on toy voices, and processes that run them."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -8,14 +9,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tiny import TINY, Outcome
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from onevoice import processes
 from onevoice.cli import main
 from onevoice.config import from_dict, to_dict
 from onevoice.extraction.checkpoint import load_checkpoint
@@ -110,11 +114,14 @@ def _lead_group(output: Path, work: Callable[..., None], *arguments: object) -> 
     work(*arguments)
 
 
-def forked_process(arguments: Sequence[object]) -> Outcome:
+def forked_process(arguments: Sequence[object], **environment: str) -> Outcome:
     """Run a command line as `tiny.process` does, in this folder, but in a process that `start` forks."""
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"
-        child = start(Path(folder) / "output", _run_python, errors, Path.cwd(), [str(each) for each in arguments])
+        words = [str(each) for each in arguments]
+        child = start(
+            Path(folder) / "output", _run_python, errors, Path.cwd(), {"COLUMNS": "120", **environment}, words
+        )
         child.process.join(PATIENCE)
         if child.process.exitcode is None:
             os.killpg(child.process.pid, signal.SIGKILL)
@@ -122,10 +129,10 @@ def forked_process(arguments: Sequence[object]) -> Outcome:
         return Outcome(child.process.exitcode, child.output.read_text(), errors.read_text())
 
 
-def _run_python(errors: Path, folder: Path, arguments: list[str]) -> None:
+def _run_python(errors: Path, folder: Path, environment: dict[str, str], arguments: list[str]) -> None:
     os.chdir(folder)
     os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-    os.environ["COLUMNS"] = "120"
+    os.environ.update(environment)
     kind, sys.argv = arguments[0], arguments
     if kind == "-c":
         sys.argv = ["-c", *arguments[2:]]
@@ -136,6 +143,17 @@ def _run_python(errors: Path, folder: Path, arguments: list[str]) -> None:
     else:
         sys.path.insert(0, str(Path(kind).parent))
         runpy.run_path(kind, run_name="__main__")
+
+
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """Let the workers of `onevoice.processes` come from the same server, in place of spawned ones, which load torch.
+
+    They inherit as little from this process; `tests/mixing` and `tests/corpus` spawn theirs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda kind: SERVER))
+        yield
 
 
 def run_command(*arguments: object) -> None:

@@ -40,7 +40,7 @@ def home(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.out.startswith("4 of 4 trials, ")
     config = write_experiment(home / "toy.json", home / "mixed")
-    done = good(process([ROOT / "train.py", "--c", config, "--set", "training.epochs=2", "seed=3"]))
+    done = good(forked_process([ROOT / "train.py", "--c", config, "--set", "training.epochs=2", "seed=3"]))
     assert f"run folder: {home / 'runs' / 'toy'}" in done.out
     return home
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toy_runs import forked_workers
 from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
@@ -114,7 +115,8 @@ def test_batch_size_and_processes_change_nothing(extractor: Extractor, trials: P
     """Processes not a bit, and the batch size only the rounding of the network."""
     one = evaluate(extractor, config(trials), progress=False)
     batched = evaluate(extractor, config(trials, batch_size=3), progress=False)
-    spread = evaluate(extractor, config(trials, batch_size=3, jobs=2), progress=False)
+    with forked_workers():
+        spread = evaluate(extractor, config(trials, batch_size=3, jobs=2), progress=False)
     for single, row in zip(one.trials, batched.trials, strict=True):
         assert single.name == row.name
         assert row.values == pytest.approx(single.values, abs=2e-3)

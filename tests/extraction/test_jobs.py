@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from tiny import Outcome, command, save_tiny
+from toy_runs import forked_workers
 from voices import Voice
 
 from onevoice.audio import read_audio, write_audio
@@ -58,7 +59,8 @@ def test_where_outputs_go(place: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_folder_of_recordings(place: Path, capsys: pytest.CaptureFixture[str], jobs: int) -> None:
-    done = extract(capsys, "in/*.wav", "--voice", "voice.wav", "-o", "out", "--residual", "rest", "-j", jobs)
+    with forked_workers():
+        done = extract(capsys, "in/*.wav", "--voice", "voice.wav", "-o", "out", "--residual", "rest", "-j", jobs)
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["out/m1.wav", "out/m2.wav"]

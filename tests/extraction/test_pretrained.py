@@ -14,7 +14,8 @@ import torch
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from hub import serve
-from tiny import ROOT, command, process, save_tiny
+from tiny import ROOT, command, save_tiny
+from toy_runs import forked_process
 
 import onevoice
 from onevoice.audio import read_audio
@@ -229,7 +230,7 @@ REPOS = {
 
 def from_hub(specs: list[str], cache: Path, address: str, offline: int = 0) -> list[str]:
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_TOKEN": "", "HF_HUB_OFFLINE": str(offline)}
-    done = process(["-c", PROBE, json.dumps(specs)], **environment)
+    done = forked_process(["-c", PROBE, json.dumps(specs)], **environment)
     assert done.status == 0, done.err
     return [json.loads(line) for line in done.out.splitlines()]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from tiny import process, save_tiny
+from tiny import save_tiny
 from toy_runs import forked_process
 from voices import Voice
 
@@ -301,7 +301,7 @@ def test_memory_does_not_grow_with_the_length(long: Path) -> None:
         with soundfile.SoundFile(f"{name}.wav", "w", 16_000, 2) as file:
             for _ in range(copies):
                 file.write(block)
-    done = process(["-c", MEMORY])
+    done = forked_process(["-c", MEMORY])
     assert done.status == 0, done.err
     short, longer = map(float, done.out.split())
     assert longer < short + 25  # MiB

@@ -697,7 +697,7 @@ def test_workers_device_and_resuming_do_not_change_the_weights(packs: dict[str, 
         states.append(load_checkpoint(train(config, echo=lambda line: None) / "last.safetensors")[0])
     config = experiment(trials, tmp_path, name="pieces", data__train=dynamic_settings(packs))
     folder = train(config, minutes=0.0, echo=lambda line: None)
-    for _ in range(10):  # one step each time, and none once the run is complete
+    for _ in range(6):  # one step each time, and none once the run is complete
         train(config, resume=folder / "last.safetensors", minutes=0.0, echo=lambda line: None)
     states.append(load_checkpoint(folder / "last.safetensors")[0])
     for other in states[1:]:

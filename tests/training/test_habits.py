@@ -51,7 +51,8 @@ def test_an_epoch_of_two_passes_takes_the_batches_of_two_epochs(trials: Path, tm
 def test_one_batch_is_learned_by_heart(trials: Path, tmp_path: Path) -> None:
     data = {"folder": str(trials), "limit": 2, "segment_seconds": 0.5, "enrollment_seconds": 1.0}
     changes = {"data__train": data, "data__batch_size": 2, "training__epochs": 1, "training__steps_per_epoch": 60}
-    folder = train(experiment(trials, tmp_path, training__log_every_steps=10, **changes), echo=quiet)
+    changes |= {"training__log_every_steps": 10, "training__save_every_steps": 60}
+    folder = train(experiment(trials, tmp_path, **changes), echo=quiet)
     losses = [row["train/loss"] for row in rows_of(folder, "train/")]
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 5

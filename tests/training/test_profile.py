@@ -99,7 +99,7 @@ def test_the_floor_is_the_slower_of_products_and_their_operands() -> None:
 
 def test_a_plain_product_is_not_much_faster_than_the_ceiling() -> None:
     size = 256
-    ceilings = measure_ceilings(torch.device("cpu"), size=size)
+    ceilings = max((measure_ceilings(torch.device("cpu"), size=size) for _ in range(3)), key=lambda each: each.flops)
     left, right = torch.randn(2, size, size)
     times = []
     for _ in range(20):

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from plain_librimix import Toy, make_toy, plain_tree
+from toy_runs import forked_workers
 from voices import make_trials
 
 from onevoice.audio import read_audio, write_audio
@@ -403,7 +404,8 @@ def test_a_few_samples_are_padded_and_counted(lists: Path) -> None:
 def test_exported_trials_equal_the_data_set_bit_for_bit(toy: Toy, tmp_path: Path, workers: int) -> None:
     config = on_the_fly(toy, mixture="mix_both", sample_rate=8000)
     opened = open_trials(config)
-    summary = export_trials(config, tmp_path, workers=workers)
+    with forked_workers():
+        summary = export_trials(config, tmp_path, workers=workers)
     assert summary.trials == len(opened.trials) == 16
     found = {trial.name: trial for trial in find_trials(tmp_path)}
     rows = [json.loads(line) for line in (tmp_path / MANIFEST).read_text().splitlines()]
