@@ -163,6 +163,10 @@ def test_the_voice_is_the_mean_and_frames_picked_evenly() -> None:
 
 def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code generator is torch's own; what can go wrong here is what it is given."""
+    from torch._dynamo.utils import counters  # here, because it loads much
+
+    torch.compiler.reset()  # beyond a limit of variants, of other files too, torch compiles nothing and says nothing
+    graphs = counters["stats"]["unique_graphs"]
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shapes are not checked inside compiled code
     compile_once = functools.cache(functools.partial(torch.compile, dynamic=False, backend="aot_eager"))
     monkeypatch.setattr(bandsplit, "compile_once", compile_once)
@@ -174,6 +178,7 @@ def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.Monkey
         prediction = model(batch)
         (prediction["predicted_audio"][0].square().sum() + prediction["predicted_logits"].square().sum()).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert counters["stats"]["unique_graphs"] > graphs
     for plain, compiled in zip(*gradients, strict=True):
         assert (plain - compiled).abs().max() <= 1e-4 * plain.abs().max()
 

@@ -121,9 +121,23 @@ def compiler() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_compiler() -> None:
+    """Forget the variants of other files: beyond a limit, torch compiles nothing more and says nothing.
+
+    All checked functions count as one, because the checks wrap them in the same code.
+    """
+    torch.compiler.reset()
+
+
 def relative_errors(compiled: bool, autocast: bool) -> Tensor:
+    from torch._dynamo.utils import counters  # here, because it loads much
+
     truth = gradients(smallest_network(False), torch.float64, samples=SHORT)
-    return errors(gradients(smallest_network(compiled), torch.float32, autocast, SHORT), truth)
+    graphs = counters["stats"]["unique_graphs"]
+    found = errors(gradients(smallest_network(compiled), torch.float32, autocast, SHORT), truth)
+    assert (counters["stats"]["unique_graphs"] > graphs) == compiled
+    return found
 
 
 def test_traced_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
