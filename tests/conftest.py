@@ -20,6 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wh
 
 LONGEST_FIRST = (
     "test_compiled.py",
+    "test_bandsplit.py",
     "test_style.py",
     "test_generator.py",
     "test_add_a_network.py",
@@ -37,7 +38,10 @@ LONGEST_FIRST = (
     "test_docs.py",
     "test_bad_input.py",
 )
-"""Files that take the most time, so that no process works on one of them alone at the end."""
+"""Files that take the most time, so that no process works on one of them alone at the end.
+
+The two that compile come before all others: late in a long process, torch was seen to run the plain code instead.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

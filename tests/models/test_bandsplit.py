@@ -165,7 +165,7 @@ def test_compiled_gradients_equal_those_of_the_layers(monkeypatch: pytest.Monkey
     """The code generator is torch's own; what can go wrong here is what it is given."""
     from torch._dynamo.utils import counters  # here, because it loads much
 
-    torch.compiler.reset()  # beyond a limit of variants, of other files too, torch compiles nothing and says nothing
+    torch.compiler.reset()  # variants of other files count toward a limit
     graphs = counters["stats"]["unique_graphs"]
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shapes are not checked inside compiled code
     compile_once = functools.cache(functools.partial(torch.compile, dynamic=False, backend="aot_eager"))

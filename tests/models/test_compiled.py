@@ -123,10 +123,7 @@ def compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_compiler() -> None:
-    """Forget the variants of other files: beyond a limit, torch compiles nothing more and says nothing.
-
-    All checked functions count as one, because the checks wrap them in the same code.
-    """
+    """Forget what other files compiled: variants count toward a limit, beyond which torch runs the plain code."""
     torch.compiler.reset()
 
 
