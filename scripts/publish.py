@@ -2,8 +2,8 @@
 
 The published file leaves out what extraction does not need (the classifier and the names of the training speakers). Its
 matrices are rounded to float16 (the loader computes in float32), and absolute paths in its facts are cut to their last
-part. The script writes it into the package, makes it the default in the registry, and writes a model card with marks
-where a person must fill in text.
+part. The script writes it into the package, makes it the default in the registry unless told otherwise, and writes a
+model card with marks where a person must fill in text.
 """
 
 import csv
@@ -46,8 +46,10 @@ app = App(help="Publish a checkpoint with the package.")
 
 
 @app.default
-def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | None = None) -> None:
-    """Write weights/NAME.safetensors, make it the default in the registry, and write docs/models/NAME.md.
+def publish(
+    checkpoint: Path, name: str, *, report: Path, attribution: Path | None = None, default: bool = True
+) -> None:
+    """Write weights/NAME.safetensors, enter it in the registry, and write docs/models/NAME.md.
 
     Args:
         checkpoint: The weights, as training writes them. A config.json beside it goes into the card.
@@ -55,6 +57,7 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
         report: The file that `onevoice eval -r CHECKPOINT -o REPORT` wrote.
         attribution: The training data: a CSV table (corpus, license, speaker, seconds, optionally source), or Markdown
             text to insert unchanged.
+        default: Whether these become the default weights.
     """
     registry = checkpoints.read_registry()
     file, document = checkpoints.WEIGHTS / f"{name}.safetensors", CARDS / f"{name}.md"
@@ -88,7 +91,8 @@ def publish(checkpoint: Path, name: str, *, report: Path, attribution: Path | No
     text = model_card(name, published, slim_card, result, sources, rounding, experiment)
     atomic_write(document, text.encode())
     atomic_write(file, data)
-    entry = replace(registry, default=name, weights={**registry.weights, name: published})
+    chosen = name if default else registry.default
+    entry = replace(registry, default=chosen, weights={**registry.weights, name: published})
     atomic_write(checkpoints.WEIGHTS / checkpoints.REGISTRY, to_json(to_dict(entry)))
     print(published.line(name), rounding, sep="\n")
     print(f"written: {file}, {document} ({text.count(GAP)} gaps to fill), {checkpoints.WEIGHTS / checkpoints.REGISTRY}")

@@ -59,8 +59,10 @@ def write_report(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**report, **changes}))
 
 
-def publish_tiny(home: Path, name: str = "tiny-1", attribution: Path | None = None) -> None:
-    publish.publish(home / "best.safetensors", name, report=home / "report.json", attribution=attribution)
+def publish_tiny(home: Path, name: str = "tiny-1", attribution: Path | None = None, default: bool = True) -> None:
+    publish.publish(
+        home / "best.safetensors", name, report=home / "report.json", attribution=attribution, default=default
+    )
 
 
 def test_what_is_published(home: Path) -> None:
@@ -120,6 +122,9 @@ def test_a_name_is_used_once(home: Path) -> None:
     publish_tiny(home, "tiny-2")
     registry = read_registry()
     assert (registry.default, list(registry.weights)) == ("tiny-2", ["tiny-1", "tiny-2"])
+    publish_tiny(home, "tiny-3", default=False)
+    registry = checkpoints.read_registry()
+    assert (registry.default, list(registry.weights)) == ("tiny-2", ["tiny-1", "tiny-2", "tiny-3"])
     resolve("tiny-1")
     (home / "weights" / "registry.json").write_text('{"default": null, "weights": {}}')
     with pytest.raises(ConfigError, match="exists; a published name"):
