@@ -230,7 +230,7 @@ def test_the_commands(
     clash = command(capsys, "extract", "mix.wav", "--voice", "alice.voice", "--voice", "alice.wav", "-o", "x.wav")
     assert "is a saved voice, which cannot be joined" in clash.err
     done = command(capsys, "extract", "mix.wav", "--voice", "mix.wav#7", "-o", "x.wav", *weights)
-    assert done.err == "onevoice: error: mix.wav#7: was not found, only 1 to 1; see onevoice voices mix.wav\n"
+    assert done.err == "onevoice: error: mix.wav#7: was not found, only one person\n"
 
 
 def test_swapped_arguments_get_a_hint(

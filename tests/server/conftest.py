@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
+from extraction.test_stream import EXTRACTOR
 from fastapi.testclient import TestClient
 from tiny import TINY, save_tiny
 from voices import Voice
@@ -18,7 +19,7 @@ from voices import Voice
 from onevoice.audio import write_audio
 from onevoice.extraction import vad
 from onevoice.extraction.extractor import Extractor, load
-from onevoice.server.app import create_app
+from onevoice.server.app import configure, create_app
 from onevoice.server.service import Service, open_service
 from onevoice.server.settings import Limits, Settings
 
@@ -55,8 +56,8 @@ LIMITS = Limits(max_bytes=2_000_000, max_seconds=20.0, max_channels=2)
 
 @pytest.fixture(scope="module")
 def service(extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = Settings(tmp_path_factory.mktemp("data") / "voices", limits=LIMITS, max_queued=3)
-    with open_service(extractor, settings) as service:
+    settings = Settings(tmp_path_factory.mktemp("data") / "voices", limits=LIMITS, max_queued=3, max_streams=2)
+    with open_service(extractor, settings, EXTRACTOR) as service:
         yield service
 
 
@@ -70,7 +71,7 @@ def client(service: Service) -> Iterator[TestClient]:
 def serving(service: Service) -> Iterator[str]:
     """Serve in a thread; yield the address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        server = uvicorn.Server(configure(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:

@@ -2,9 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onevoice.cli.using import Pretrained
 from onevoice.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from onevoice.extraction.extractor import Extractor
 
 
 def serve(
@@ -20,6 +24,8 @@ def serve(
     voices: Path | None = None,
     token_file: Path | None = None,
     pretrained: Pretrained = None,
+    live: str | None = None,
+    max_streams: int = 4,
     precision: str = "auto",
     device: str = "auto",
 ) -> None:
@@ -41,6 +47,9 @@ def serve(
         token_file: A file with the token, instead of ONEVOICE_TOKEN.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
             By default, the ones that come with onevoice.
+        live: The weights of a causal network for live sound, named in the same way. By default, those of --pretrained
+            if they are causal, or the first published ones that are.
+        max_streams: Live streams at a time; more are refused.
         precision: Of the matrix products: float32 or bfloat16; auto is bfloat16 if the processor computes in it.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
@@ -62,9 +71,31 @@ def serve(
         workers=workers,
         max_queued=max_queued,
         ttl_seconds=60.0 * keep_minutes,
+        max_streams=max_streams,
     )
     keep_freed_memory()
-    run(load(pretrained, device=device, precision=precision), settings, host, port, _print_address)
+    extractor = load(pretrained, device=device, precision=precision)
+    run(extractor, _load_live(live, extractor), settings, host, port, _print_address)
+
+
+def _load_live(name: str | None, extractor: "Extractor") -> "Extractor | None":
+    """Return the network for live sound; None if none is named or published. Raises `ConfigError` if it is not causal.
+
+    Its steps are too small for a GPU.
+    """
+    from onevoice.extraction.extractor import load
+    from onevoice.extraction.live import find_causal_weights
+
+    if name is None:
+        if getattr(extractor.card.config, "causal", False):
+            return extractor
+        try:
+            name = find_causal_weights()
+        except ConfigError:
+            return None
+    live = load(name, device="cpu")
+    live.engine  # noqa: B018, raises an error for weights that cannot stream
+    return live
 
 
 def _read_token(path: Path | None) -> str | None:

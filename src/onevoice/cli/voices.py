@@ -45,6 +45,8 @@ def enroll(
     voice = enroll_files(load(pretrained, device=device), recordings)
     save_voice(voice, out)
     print(f"{out}: {voice.describe()}")
+    if voice.check_up is not None and voice.check_up.people > 1:
+        print("FILE@1:20-1:31 names a stretch, and FILE#2 a person that onevoice voices FILE lists")
 
 
 def voices(recording: str, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:

@@ -24,9 +24,6 @@ from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice
 from onevoice.streams import PIPE, open_source
 
-Spec = str | Path
-"""A file, a stretch, a number, or a saved voice, as above."""
-
 SAME_PERSON = 0.4
 """A recording whose median similarity to the others is below this comes from another person.
 
@@ -49,6 +46,7 @@ class Place:
     """Where a voice can be heard."""
 
     name: str
+    """What messages call it."""
     path: str
     stretch: tuple[float, float] | None = None
     """In seconds; None: all of it."""
@@ -59,6 +57,10 @@ class Place:
     def is_saved(self) -> bool:
         """Check whether it is a saved voice."""
         return Path(self.path).suffix.lower() == EXTENSION
+
+
+Spec = str | Path | Place
+"""A file, a stretch, a number, or a saved voice, as above; or a place, with a name of the caller's choice."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Sound:
 
 def parse_place(spec: Spec) -> Place:
     """Return the place that a spec names. Raises `ConfigError` for a stretch or number that makes no sense."""
+    if isinstance(spec, Place):
+        return spec
     text = str(spec)
     if not Path(text).exists():
         if match := _STRETCH.fullmatch(text):
@@ -102,7 +106,7 @@ def _seconds(text: str, spec: str) -> float:
 
 def as_places(voice: Spec | Sequence[Spec]) -> list[Place]:
     """Return the places of a voice. Raises `ConfigError`."""
-    places = [parse_place(spec) for spec in ([voice] if isinstance(voice, str | Path) else voice)]
+    places = [parse_place(spec) for spec in ([voice] if isinstance(voice, str | Path | Place) else voice)]
     if not places:
         raise ConfigError("voice: is missing; name a recording or a saved voice")
     saved = [place.name for place in places if place.is_saved]
@@ -183,8 +187,10 @@ def _pick_voice(place: Place, samples: Mono, rate: int) -> Mono:
     assert place.number is not None
     found = find_in_file(place.path)
     if place.number > len(found):
-        there = f"only 1 to {len(found)}" if found else "nor any other voice"
-        raise AudioError(f"{place.name}: was not found, {there}; see onevoice voices {place.path}")
+        there = (
+            f"only persons 1 to {len(found)}" if len(found) > 1 else "only one person" if found else "nor anybody else"
+        )
+        raise AudioError(f"{place.name}: was not found, {there}")
     return found[place.number - 1].enrollment(samples, rate)
 
 
@@ -234,8 +240,8 @@ def _warn_of_others(extractor: Extractor, sounds: list[Sound]) -> Voice:
         most = max(most, len(found))
         if len(found) > 1:
             warnings.append(
-                f"{sound.name} seems to have {len(found)} voices; name a stretch of one (FILE@1:20-1:31), "
-                "or list them with onevoice voices"
+                f"{sound.name} seems to have {len(found)} voices; use a stretch of it, or another recording, in which "
+                "only one is heard"
             )
     return voice.count_people(most).warn(*warnings)
 

@@ -84,6 +84,7 @@ def extract_file(
     absent_db: float = 0.0,
     timeline: str | Path | None = None,
     page: str | Path | None = None,
+    shown_name: str | None = None,
     report: Callable[[float], None] = lambda share: None,
 ) -> Extraction:
     """Extract a voice from the file `mixture` and write it to `output`, at the rate and length of the mixture.
@@ -94,7 +95,8 @@ def extract_file(
     the share that is done, 0 to 1. Files that exist are replaced only with `force`.
 
     The output is turned down by `absent_db` where the voice is not heard; infinity mutes. `timeline` receives the
-    stretches in which it is heard (.csv, .rttm, or .txt for Audacity), and `page` an HTML page about the extraction.
+    stretches in which it is heard (.csv, .rttm, or .txt for Audacity), and `page` an HTML page about the extraction,
+    which calls the mixture `shown_name`, and then names no other file either.
 
     Raises `AudioError`, `ConfigError`, `StorageError` and `MissingDependencyError`.
     """
@@ -120,10 +122,11 @@ def extract_file(
         if timeline is not None and presence is not None:
             write_timeline(presence, Path(timeline), Path(source.name).stem, Path((*voice.sources, "voice")[0]).stem)
         if page is not None:
-            about = {"mixture": source.name, "output": str(output), "channel": channel, "absent_db": absent_db}
+            files = {"mixture": source.name, "output": str(output)} if shown_name is None else {"mixture": shown_name}
+            about = {**files, "channel": channel, "absent_db": absent_db}
             first = tracks[0]
             content = extraction_report(
-                extractor, source.name, first.mixture, first.estimate, first.gain, presence, voice, about
+                extractor, files["mixture"], first.mixture, first.estimate, first.gain, presence, voice, about
             )
             atomic_write(Path(page), content.encode())
         for path in filter(None, paths):

@@ -93,7 +93,7 @@ def _presence_pieces(presence: Presence) -> list[Any]:
     if rows:
         pieces.append(table("Stretches", ("from", "to", "seconds"), rows))
     if len(stretches) > MAX_ROWS:
-        pieces.append(text(f"The first {MAX_ROWS} of {len(stretches)} stretches; --timeline writes all of them."))
+        pieces.append(text(f"The first {MAX_ROWS} of {len(stretches)} stretches; a timeline has all of them."))
     return pieces
 
 

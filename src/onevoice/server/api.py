@@ -6,18 +6,21 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response, WebSocket
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
+from starlette.requests import HTTPConnection
 
 import onevoice
 import onevoice.server.schemas as schemas
 from onevoice.evaluation.demo import SAMPLES
+from onevoice.extraction.voice import Voice
 from onevoice.server.files import TYPES, FileName, make_file, names_of
 from onevoice.server.folders import remove
 from onevoice.server.forms import ExtractionFields, RecordingFields, VoiceFields, body, described, parse_fields
 from onevoice.server.jobs import Job
+from onevoice.server.live import serve_stream
 from onevoice.server.problems import MEDIA_TYPE, Problem, ProblemError, invalid, not_found
 from onevoice.server.security import COOKIE, cookie_of, is_allowed, is_token
 from onevoice.server.service import Service, exactly
@@ -30,9 +33,9 @@ MAX_ENROLLMENTS = 10
 MAX_WAIT_SECONDS = 60.0
 
 
-def service_of(request: Request) -> Service:
+def service_of(connection: HTTPConnection) -> Service:
     """Return the service of the app that got a request."""
-    service: Service = request.app.state.service
+    service: Service = connection.app.state.service
     return service
 
 
@@ -67,7 +70,8 @@ def describe_server(request: Request, service: Serving) -> schemas.Server:
         version=onevoice.__version__, needs_token=settings.token is not None,
         is_allowed=is_allowed(request.headers, settings.token), max_bytes=limits.max_bytes,
         max_seconds=limits.max_seconds, max_channels=limits.max_channels, ttl_seconds=settings.ttl_seconds,
-        has_ffmpeg=find_ffmpeg() is not None,
+        has_ffmpeg=find_ffmpeg() is not None, has_live=service.live is not None,
+        tells_presence=service.extractor.card.config.has_level,
     )  # fmt: skip
 
 
@@ -132,6 +136,12 @@ def delete_recording(number: Id, service: Serving) -> None:
     service.recordings.delete(number)
 
 
+@router.websocket("/stream")
+async def stream(socket: WebSocket, service: Serving) -> None:
+    """Take one voice out of sound while it comes; `live` describes the messages."""
+    await serve_stream(socket, service)
+
+
 @router.get("/voices", tags=["voices"])
 def list_voices(service: Serving) -> list[schemas.SavedVoice]:
     """Return all saved voices."""
@@ -149,12 +159,14 @@ async def save_voice(request: Request, response: Response, service: Serving) -> 
         fields = parse_fields(form, VoiceFields)
         if fields.extraction is not None:
             exactly(form, "enrollment", 0, 0)
-            voice = service.jobs.get(fields.extraction).voice
-            if voice is None:
+            job = service.jobs.get(fields.extraction)
+            if job.voice is None:
                 raise invalid("extraction", "has no voice yet; wait until it is done")
+            voice, places = job.voice, () if isinstance(job.order.voice, Voice) else job.order.voice
         else:
-            voice = await service.enroll(exactly(form, "enrollment", 1, MAX_ENROLLMENTS))
-        saved = service.voices.save(voice, fields.name.strip(), form.names)
+            places = await service.places_of(exactly(form, "enrollment", 1, MAX_ENROLLMENTS))
+            voice = await service.enroll(places)
+        saved = service.voices.save(voice, fields.name.strip(), form.names, await service.enroll_twin(places))
     remove(folder)
     response.headers["Location"] = f"/v1/voices/{saved.id}"
     return saved

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp
 
 import onevoice
@@ -20,6 +21,7 @@ import onevoice.server.schemas as schemas
 from onevoice.extraction.extractor import Extractor
 from onevoice.processes import stop_requests
 from onevoice.server.api import router
+from onevoice.server.live import CUT_OFF_BYTES
 from onevoice.server.problems import MEDIA_TYPE, handle_errors
 from onevoice.server.security import guard
 from onevoice.server.service import Service, open_service
@@ -36,7 +38,8 @@ LINGER_SECONDS = 10.0
 """How long the server answers after the last job has ended, so that its client can fetch the result."""
 DESCRIPTION = """Extract one voice from a recording of several people.
 
-Errors are problem details (RFC 9457). Uploads and results are deleted after a while; only saved voices stay."""
+Errors are problem details (RFC 9457). Uploads and results are deleted after a while; only saved voices stay.
+`WS /v1/stream` takes a voice out of live sound."""
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -58,6 +61,7 @@ def create_app(service: Service) -> ASGIApp:
     _add_health(app, service)
     handle_errors(app)
     _describe_problems(app)
+    _describe_streams(app)
     return guard(service.metrics.middleware(app), service.settings)
 
 
@@ -97,25 +101,44 @@ def _describe_problems(app: FastAPI) -> None:
                     answer["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 
+def _describe_streams(app: FastAPI) -> None:
+    """Show the messages of live streams; OpenAPI has no routes for sockets."""
+    template = "#/components/schemas/{model}"
+    _, schema = models_json_schema([(each, "validation") for each in schemas.STREAM_MESSAGES], ref_template=template)
+    app.openapi()["components"]["schemas"].update(schema["$defs"])
+
+
 async def _sweep(service: Service) -> None:
     while True:
         await asyncio.sleep(min(SWEEP_SECONDS, service.settings.ttl_seconds / 4))
         await asyncio.to_thread(service.sweep)
 
 
-def serve(extractor: Extractor, settings: Settings, host: str, port: int, started: Callable[[str], None]) -> None:
+def configure(service: Service, host: str = "localhost", port: int = 0) -> uvicorn.Config:
+    """Return how a service is served."""
+    return uvicorn.Config(
+        create_app(service), host, port, log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=round(LINGER_SECONDS), timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        h11_max_incomplete_event_size=2**16, ws_max_size=CUT_OFF_BYTES, ws_per_message_deflate=False,
+    )  # fmt: skip
+
+
+def serve(
+    extractor: Extractor,
+    live: Extractor | None,
+    settings: Settings,
+    host: str,
+    port: int,
+    started: Callable[[str], None],
+) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then let running jobs end. `started` gets the address.
 
-    A second signal ends the process at once; what that leaves, the next server removes.
+    `live` is the causal network of live streams. A second signal ends the process at once; what that leaves, the next
+    server removes.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    with open_service(extractor, settings) as service:
-        config = uvicorn.Config(
-            create_app(service), host, port, log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=round(LINGER_SECONDS),
-            timeout_keep_alive=KEEP_ALIVE_SECONDS, h11_max_incomplete_event_size=2**16,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
+    with open_service(extractor, settings, live) as service:
+        server = uvicorn.Server(configure(service, host, port))
         with stop_requests() as request:
             thread = threading.Thread(target=server.run, daemon=True)  # signals reach the main thread, which decides
             thread.start()

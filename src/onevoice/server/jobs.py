@@ -7,13 +7,13 @@ queued → running → done
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onevoice.server.schemas as schemas
-from onevoice.extraction.enrollment import enroll_files
+from onevoice.extraction.enrollment import Place, enroll_files
 from onevoice.extraction.extractor import Extractor
 from onevoice.extraction.presence import Presence
 from onevoice.extraction.recording import Channel, Extraction, extract_file
@@ -38,8 +38,8 @@ class Order:
     mixture: Upload
     facts: Facts
     """Of the mixture."""
-    voice: Voice | tuple[str, ...]
-    """A saved voice, or the specs of enrollments."""
+    voice: Voice | tuple[Place, ...]
+    """A saved voice, or where the enrollments are."""
     names: dict[Path, str]
     """What the client calls the files."""
     channel: Channel = "mean"
@@ -105,11 +105,15 @@ class Jobs:
 
     def require_room(self) -> None:
         """Raise `ProblemError` if no job can be added now."""
-        if self.is_stopping:
-            raise stopping()
+        self.require_running()
         if len(self._having("queued")) >= self._settings.max_queued:
             detail = f"{self._settings.max_queued} extractions are waiting; try again later"
             raise ProblemError("busy", "The queue is full", 503, detail, retry_after=30)
+
+    def require_running(self) -> None:
+        """Raise `ProblemError` if the server is about to end."""
+        if self.is_stopping:
+            raise stopping()
 
     def submit(self, folder: Path, order: Order) -> Job:
         """Queue an extraction in a folder of `new_folder`. Raises `ProblemError`."""
@@ -200,7 +204,7 @@ class Jobs:
             if not job.is_deleted:
                 problem = explain(error, job.order.names)
                 if problem.status == 500:
-                    self._metrics.log_failure(error)
+                    self._metrics.log_failure("an extraction", error)
                 self._end(job, problem)
         else:
             self._speed = job.order.facts.seconds / max(self._clock() - job.begun, 1e-3)
@@ -213,12 +217,12 @@ class Jobs:
     def _extract(self, job: Job) -> Extraction:
         order = job.order
         voice = order.voice
-        job.voice = voice if isinstance(voice, Voice) else enroll_files(self._extractor, _one_or_more(voice))
+        job.voice = voice if isinstance(voice, Voice) else enroll_files(self._extractor, voice)
         extraction = extract_file(
             self._extractor, order.mixture.path, job.voice, job.folder / "voice.wav", job.folder / "residual.wav",
             channel=order.channel, absent_db=order.absent_db, force=True,
             report=lambda share: self._report(job, NETWORK_SHARE * share),
-            page=job.folder / "report.html" if order.has_report else None,
+            page=job.folder / "report.html" if order.has_report else None, shown_name=order.mixture.name,
         )  # fmt: skip
         job.presence = extraction.presence
         return extraction
@@ -241,10 +245,6 @@ class Jobs:
 def stopping() -> ProblemError:
     """Return the problem of a server that is about to end."""
     return ProblemError("stopping", "The server is stopping", 503, "the server is stopping; try again", retry_after=60)
-
-
-def _one_or_more(specs: Sequence[str]) -> str | Sequence[str]:
-    return specs[0] if len(specs) == 1 else specs
 
 
 def _finish(job: Job, extraction: Extraction, report: Callable[[float], None]) -> None:

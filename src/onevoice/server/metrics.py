@@ -34,6 +34,10 @@ class Metrics:
         self._state.labels("running").set_function(lambda: count()[0])
         self._state.labels("queued").set_function(lambda: count()[1])
 
+    def watch_streams(self, count: Callable[[], int]) -> None:
+        """Read the number of live streams from `count`."""
+        Gauge("onevoice_streams", "Live streams that are open.", registry=self._registry).set_function(count)
+
     def count_job(self, outcome: str, sound_seconds: float, work_seconds: float) -> None:
         """Count an extraction that ended."""
         self._jobs.labels(outcome).inc()
@@ -41,9 +45,9 @@ class Metrics:
             self._sound.inc(sound_seconds)
         self._work.inc(work_seconds)
 
-    def log_failure(self, error: Exception) -> None:
-        """Log an error that is ours."""
-        LOG.error("an extraction failed", exc_info=error)
+    def log_failure(self, what: str, error: Exception) -> None:
+        """Log an error that is ours; `what` is what failed."""
+        LOG.error("%s failed", what, exc_info=error)
 
     def text(self) -> bytes:
         """Return the text format of Prometheus."""

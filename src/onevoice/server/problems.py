@@ -3,8 +3,9 @@
 Messages name recordings as the client named them, never the paths of this machine.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from onevoice.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 URN = "urn:onevoice:problem:"
+CLOSE_CODES = {"busy": 1013, "stopping": 1001, "too-large": 1009, "internal": 1011}
+"""Of the close of a WebSocket, by the kind of the problem; the others are violations of our rules."""
+VIOLATION = 1008
+MAX_REASON_BYTES = 123
 
 
 class Problem(BaseModel):
@@ -56,12 +61,12 @@ class ProblemError(Exception):
         return error
 
 
+UNREADABLE = "this server cannot read its format; convert it to WAV, FLAC, Ogg, Opus or MP3"
 KINDS: tuple[tuple[type[OnevoiceError], str, str, int], ...] = (
     (AudioError, "audio", "The recording cannot be used", 422),
     (ConfigError, "request", "The request does not fit", 422),
     (CheckpointError, "voice", "The voice cannot be used", 409),
     (StorageError, "storage", "The server is out of disk space", 507),
-    (MissingDependencyError, "format", "The server cannot decode this format", 501),
 )
 """The problem of each error of the package; others are errors of the server."""
 
@@ -82,6 +87,8 @@ def explain(error: Exception, names: Mapping[Path, str]) -> Problem:
     """Return the problem of any error; `names` are what the client calls the files."""
     if isinstance(error, ProblemError):
         return error.problem
+    if isinstance(error, MissingDependencyError):  # its advice is for whoever runs the server
+        error = AudioError(f"{str(error).partition(':')[0]}: {UNREADABLE}")
     for kind, name, title, status in KINDS:
         if isinstance(error, kind):
             return Problem(type=f"{URN}{name}", title=title, status=status, detail=without_paths(str(error), names))
@@ -102,6 +109,15 @@ def respond(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONR
     """Return the answer with a problem."""
     content = problem.model_dump(exclude_none=True)
     return JSONResponse(content, problem.status, dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+async def close_with(problem: Problem, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    """Close an accepted WebSocket: a last message with the problem, then a code and the reason (RFC 6455)."""
+    message = {"type": "problem", "problem": problem.model_dump(exclude_none=True)}
+    await send({"type": "websocket.send", "text": json.dumps(message)})
+    reason = problem.detail.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+    code = CLOSE_CODES.get(problem.type.removeprefix(URN), VIOLATION)
+    await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 def handle_errors(app: FastAPI) -> None:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from onevoice.server.problems import Problem
 
@@ -81,6 +81,8 @@ class SavedVoice(Body):
     check_up: CheckUp | None
     fits: bool
     """Whether the weights of this server made it; others cannot use it."""
+    fits_live: bool
+    """Whether live streams can use it too: it was saved while the live network was there."""
 
 
 class Presence(Body):
@@ -157,3 +159,70 @@ class Server(Body):
     max_channels: int
     ttl_seconds: float
     has_ffmpeg: bool
+    has_live: bool
+    """Whether there is a network for live streams."""
+    tells_presence: bool
+    """Whether the weights can tell where a voice is heard."""
+
+
+class StreamChange(Body):
+    """What a client of `WS /v1/stream` can change at any time: the voice, by at most one of its fields, and its share.
+
+    `{"voice": null}` goes back to no voice: everything passes through.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    voice: Id | None = None
+    """A saved voice."""
+    recording: Id | None = None
+    """An upload of the wanted person alone (`POST /v1/recordings`)."""
+    enrollment: Base64Bytes | None = None
+    """A recording of the wanted person alone, of any format, in Base64."""
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The share of the voice in the output, from 0, everything as it came, to 1, which is the default."""
+    end: bool = False
+    """That no more sound comes: the server sends the rest, and closes."""
+
+
+class StreamStart(StreamChange):
+    """The first message of a client of `WS /v1/stream`."""
+
+    sample_rate: Annotated[int, Field(ge=8000, le=192_000)]
+    """In Hz, of the blocks in both directions."""
+    format: Literal["int16", "float32"] = "int16"
+    """Of the samples in both directions, little-endian; floats have full scale 1.0."""
+    channels: Annotated[int, Field(ge=1)] = 1
+    """Interleaved in the blocks of the client, and averaged. The blocks of the server have one."""
+
+
+class StreamReady(Body):
+    """What the server of `WS /v1/stream` answers to a message of its client, once the voice is in."""
+
+    type: Literal["ready"] = "ready"
+    has_voice: bool
+    """False: everything passes through."""
+    strength: float
+    latency_seconds: float
+    """How much later than a sample came in it goes out, apart from the time for the network and for computing."""
+    check_up: CheckUp | None = None
+    """Of the recordings of the voice, if the message named a voice."""
+
+
+class StreamProblem(Body):
+    """What is wrong in `WS /v1/stream`. If the server closes next, the reason of the close is the detail."""
+
+    type: Literal["problem"] = "problem"
+    problem: Problem
+
+
+class StreamEnd(Body):
+    """The last message of the server of `WS /v1/stream`, after all sound."""
+
+    type: Literal["end"] = "end"
+    silenced_blocks: int
+    """Blocks that held NaN or infinite samples, and became silence."""
+
+
+STREAM_MESSAGES: tuple[type[Body], ...] = (StreamStart, StreamChange, StreamReady, StreamProblem, StreamEnd)
+"""The description of the API shows them beside those of its routes."""

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onevoice.server.problems import ProblemError, respond
+from onevoice.server.problems import ProblemError, close_with, respond
 from onevoice.server.settings import Settings, is_loopback
 
 COOKIE = "onevoice"
@@ -88,7 +88,12 @@ def guard(app: ASGIApp, settings: Settings) -> ASGIApp:
         try:
             check(scope, settings)
         except ProblemError as error:
-            await respond(error.problem, error.headers)(scope, receive, harden)
+            if scope["type"] == "websocket":
+                await receive()  # pages read only the close of a socket that was accepted
+                await send({"type": "websocket.accept"})
+                await close_with(error.problem, send)
+            else:
+                await respond(error.problem, error.headers)(scope, receive, harden)
             return
         await app(scope, receive, harden)
 

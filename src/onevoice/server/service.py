@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
 from onevoice.errors import OnevoiceError
-from onevoice.extraction.enrollment import enroll_files, find_in_file
+from onevoice.extraction.enrollment import Place, enroll_files, find_in_file, format_time
 from onevoice.extraction.extractor import Extractor
 from onevoice.extraction.voice import Voice
 from onevoice.server.folders import private_folder, remove
@@ -26,11 +26,18 @@ from onevoice.server.uploads import Facts, Form, Upload, measure, receive_form
 from onevoice.server.voices import Voices
 
 Value = TypeVar("Value")
+NO_LIVE = (
+    "this server has no network for live sound; start it with onevoice serve --live MODEL, where MODEL is a checkpoint "
+    "of a causal network"
+)
 
 
 @dataclass
 class Service:
-    """The state of a server. Short work has two lanes of threads: one for the network, a wider one for files."""
+    """The state of a server. Short work has two lanes of threads: one for the network, a wider one for files.
+
+    Live streams have a lane of their own, in which none waits for another.
+    """
 
     settings: Settings
     extractor: Extractor
@@ -39,6 +46,10 @@ class Service:
     jobs: Jobs
     recordings: Recordings
     voices: Voices
+    live: Extractor | None
+    """The causal network of live streams; None: there is none."""
+    blocks: CapacityLimiter
+    open_streams: int = 0
     network: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     files: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
 
@@ -51,6 +62,25 @@ class Service:
     async def on_files(self, work: Callable[[], Value]) -> Value:
         """Run work that reads and writes files."""
         return await to_thread.run_sync(work, limiter=self.files)
+
+    async def on_blocks(self, work: Callable[[], Value]) -> Value:
+        """Run the work of a live stream."""
+        return await to_thread.run_sync(work, limiter=self.blocks)
+
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[Extractor]:
+        """Count a live stream as open; yield its network. Raises `ProblemError` if it cannot be opened."""
+        if self.live is None:
+            raise ProblemError("no-live", "No live network", 501, NO_LIVE)
+        self.jobs.require_running()
+        if self.open_streams >= self.settings.max_streams:
+            detail = f"all {self.settings.max_streams} live streams of this server are in use; try again later"
+            raise ProblemError("busy", "The server is busy", 503, detail)
+        self.open_streams += 1
+        try:
+            yield self.live
+        finally:
+            self.open_streams -= 1
 
     @contextlib.asynccontextmanager
     async def receive(self, request: Request, folder: Path, fields: Collection[str]) -> AsyncIterator[Form]:
@@ -83,12 +113,21 @@ class Service:
             Person(number=each.number, seconds=each.seconds, turns=list(each.turns), solo=each.solo) for each in found
         ]
 
-    async def enroll(self, uploads: list[Upload]) -> Voice:
-        """Return the voice of recordings of one person. Raises `AudioError`."""
+    async def places_of(self, uploads: Sequence[Upload]) -> tuple[Place, ...]:
+        """Return where enrollments are, once all are decoded within the limits. Raises `AudioError`."""
         for upload in uploads:
             await self.on_files(lambda upload=upload: measure(upload, self.settings.limits))  # type: ignore[misc]
-        specs = [str(upload.path) for upload in uploads]
-        return await self.on_network(lambda: enroll_files(self.extractor, specs[0] if len(specs) == 1 else specs))
+        return tuple(Place(upload.name, str(upload.path)) for upload in uploads)
+
+    async def enroll(self, places: Sequence[Place], extractor: Extractor | None = None) -> Voice:
+        """Return the voice of recordings of one person, by default for extractions. Raises `AudioError`."""
+        return await self.on_network(lambda: enroll_files(extractor or self.extractor, places))
+
+    async def enroll_twin(self, places: Sequence[Place]) -> Voice | None:
+        """Return the same voice for live streams, if these have another network. Raises `AudioError`."""
+        if self.live is None or self.live is self.extractor or not places:
+            return None
+        return await self.enroll(places, self.live)
 
     async def prepare(self, folder: Path, form: Form, fields: ExtractionFields) -> Order:
         """Return what a form asks to extract; an uploaded recording is linked into `folder`. Raises `ProblemError`."""
@@ -101,37 +140,38 @@ class Service:
             raise invalid("mixture", "give one file, or the id of an upload as `recording`")
         if sum(given.values()) != 1:
             raise invalid("voice", "give exactly one of enrollment, voice, person, and begin with end")
-        if fields.absent_db() > 0:
-            self.extractor.require_level()
+        if fields.absent_db() > 0 and not self.extractor.card.config.has_level:
+            raise invalid("absent", "the network of this server cannot tell where a voice is absent; use keep")
         if mixtures:
             mixture = mixtures[0]
             facts = await self.on_files(lambda: measure(mixture, self.settings.limits))
         else:
             mixture, facts = self._link(folder, str(fields.recording))
-        for upload in enrollments:
-            await self.on_files(lambda upload=upload: measure(upload, self.settings.limits))  # type: ignore[misc]
+        places = await self.places_of(enrollments)
         names = {**form.names, mixture.path: mixture.name}
-        voice = self._voice(fields, mixture, facts, enrollments)
+        voice = self._voice(fields, mixture, facts, places)
         channel = fields.parsed_channel()
         if isinstance(channel, int) and not 1 <= channel <= facts.channels:
             raise invalid("channel", f"{mixture.name} has no channel {channel}, only 1 to {facts.channels}")
         return Order(mixture, facts, voice, names, channel, fields.absent_db(), fields.report)
 
     def _voice(
-        self, fields: ExtractionFields, mixture: Upload, facts: Facts, enrollments: list[Upload]
-    ) -> Voice | tuple[str, ...]:
+        self, fields: ExtractionFields, mixture: Upload, facts: Facts, enrollments: tuple[Place, ...]
+    ) -> Voice | tuple[Place, ...]:
         if fields.voice is not None:
             return self.voices.load(fields.voice)
         if enrollments:
-            return tuple(str(upload.path) for upload in enrollments)
+            return enrollments
+        path = str(mixture.path)
         if fields.person is not None:
-            return (f"{mixture.path}#{fields.person}",)
+            return (Place(f"person {fields.person} of {mixture.name}", path, number=fields.person),)
         begin, end = fields.begin, fields.end
         if begin is None or end is None or not begin < end:
             raise invalid("end", "give both begin and end, and the end after the begin")
         if begin >= facts.seconds:
             raise invalid("begin", f"{mixture.name} ends after {facts.seconds:.1f} s")
-        return (f"{mixture.path}@{begin:.3f}-{min(end, facts.seconds):.3f}",)
+        end = min(end, facts.seconds)
+        return (Place(f"{mixture.name} from {format_time(begin)} to {format_time(end)}", path, (begin, end)),)
 
     def _link(self, folder: Path, number: str) -> tuple[Upload, Facts]:
         """Give a job its own name for an upload, so that neither is lost with the other."""
@@ -147,16 +187,22 @@ class Service:
 
 
 @contextlib.contextmanager
-def open_service(extractor: Extractor, settings: Settings) -> Iterator[Service]:
-    """Yield a service with a private folder; at the end, wait for running jobs and remove everything but voices."""
+def open_service(extractor: Extractor, settings: Settings, live: Extractor | None = None) -> Iterator[Service]:
+    """Yield a service with a private folder; at the end, wait for running jobs and remove everything but voices.
+
+    `live` is the causal network of live streams.
+    """
     metrics = Metrics()
     with private_folder() as folder:
         queue = Jobs(folder / "extractions", extractor, settings, metrics)
         metrics.watch(queue.count)
         recordings = Recordings(folder / "recordings", settings.ttl_seconds)
-        voices = Voices(settings.voices, extractor.model_hash)
+        voices = Voices(settings.voices, extractor.model_hash, None if live is None else live.model_hash)
+        blocks = CapacityLimiter(settings.max_streams)
+        service = Service(settings, extractor, folder, metrics, queue, recordings, voices, live, blocks)
+        metrics.watch_streams(lambda: service.open_streams)
         try:
-            yield Service(settings, extractor, folder, metrics, queue, recordings, voices)
+            yield service
         finally:
             queue.close()
 

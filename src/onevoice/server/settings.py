@@ -44,6 +44,10 @@ class Settings:
     """Extractions that may wait."""
     ttl_seconds: float = 3600.0
     """How long results and uploads are kept."""
+    max_streams: int = 4
+    """Live streams at a time."""
+    idle_seconds: float = 30.0
+    """A live stream ends if nothing comes, or nothing is taken, for this long."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a server that everybody could use, and for numbers that make no sense."""
@@ -54,7 +58,7 @@ class Settings:
                 "host: other machines can reach it, so it needs a token; set ONEVOICE_TOKEN, for example to the "
                 "output of openssl rand -hex 16, or use --host localhost"
             )
-        for name in ("workers", "max_queued", "ttl_seconds"):
+        for name in ("workers", "max_queued", "ttl_seconds", "max_streams", "idle_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: must be above 0, not {getattr(self, name)}")
 
