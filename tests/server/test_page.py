@@ -3,6 +3,7 @@
 Screenshots of every state go to the folder $ONEVOICE_SCREENSHOTS, or to the temporary folder of the tests.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, needs_browser
 from conftest import RATE, serving
+from extraction.test_stream import EXTRACTOR
 from voices import Voice
 
 from onevoice.audio import read_audio, write_audio
+from onevoice.extraction.enrollment import enroll_files
 from onevoice.extraction.extractor import Extractor
 from onevoice.server.service import Service, open_service
 from onevoice.server.settings import Settings
@@ -51,7 +54,7 @@ class Tab:
         self.page.on("console", lambda message: self.words.append(message.text))
         self.page.on("pageerror", lambda error: self.words.append(str(error)))
         self.page.goto(address)
-        self.page.wait_for_selector("#work:not([hidden]), #sign-in:not([hidden])")
+        self.page.wait_for_selector("#work:not([hidden]), #live:not([hidden]), #sign-in:not([hidden])")
 
     def shoot(self, state: str) -> None:
         """Keep a picture of a state; nothing may stick out of the window."""
@@ -77,6 +80,14 @@ class Tab:
                 return
             self.page.wait_for_timeout(50)
         raise AssertionError(f"{expression} stayed false; the page says: {self.page.inner_text('body')}")
+
+    def until_free(self, service: Service) -> None:
+        """Wait until no live stream is open."""
+        for _ in range(600):
+            if not service.open_streams:
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError("a live stream stays open")
 
     def choose(self, kind: str) -> None:
         """Choose where the voice comes from."""
@@ -226,6 +237,67 @@ def test_on_a_phone_with_the_microphone(browser: Any, address: str, shots: Path,
     tab.context.close()
 
 
+def voice_of(sounds: Path) -> Any:
+    return enroll_files(EXTRACTOR, sounds / "enrollment.wav")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "size"), [("light", (1280, 900)), ("dark", (390, 844))], ids=["light-wide", "dark-phone"]
+)
+def test_live_sound(
+    browser: Any, address: str, shots: Path, sounds: Path, service: Service, scheme: str, size: tuple[int, int]
+) -> None:
+    """The microphone comes back, with nobody's voice, with that of a recording, and with a saved one."""
+    viewport = {"width": size[0], "height": size[1]}
+    tab = Tab(browser, address, shots, viewport=viewport, color_scheme=scheme, permissions=["microphone"])
+    page = tab.page
+    saved = service.voices.save(voice_of(sounds), "Ann", {}, voice_of(sounds))
+    page.check("input[name=mode][value=live]", force=True)
+    page.wait_for_selector("#live-work:not([hidden])")
+    tab.shoot("6-live")
+    page.click("#live-toggle")
+    tab.until("document.querySelector('#live-state').textContent.includes('everything passes through')")
+    tab.until("['in', 'out'].every((name) => document.querySelector(`#live-${name}`).ariaValueNow > -50)")
+    tab.until(
+        "/^[0-9]+ ms, of which the network needs [0-9]+ ms$/.test(document.querySelector('#live-latency').textContent)"
+    )
+    assert service.open_streams == 1
+    page.check("input[name=live-kind][value=recording]", force=True)
+    page.set_input_files("#live-file", sounds / "enrollment.wav")
+    tab.until("document.querySelector('#live-state').textContent.includes('the voice comes through')")
+    tab.until("document.querySelector('#live-notes').textContent.includes('only 2.0 s of speech')")
+    tab.shoot("7-live-recording")
+    page.check("input[name=live-kind][value=none]", force=True)
+    tab.until("document.querySelector('#live-state').textContent.includes('everything passes through')")
+    page.check("input[name=live-kind][value=voice]", force=True)
+    page.check(f"input[name=live-voice][value='{saved.id}']")
+    tab.until("document.querySelector('#live-state').textContent.includes('the voice comes through')")
+    page.fill("#live-strength", "40")
+    page.evaluate("document.querySelector('#live-strength').dispatchEvent(new Event('input'))")
+    assert page.inner_text("#live-strength + output") == "40 %"
+    tab.shoot("8-live-voice")
+    page.click("#live-toggle")
+    assert page.inner_text("#live-state") == "Not running."
+    tab.until_free(service)
+    assert page.is_hidden("#error")
+    service.voices.delete(saved.id)
+    assert tab.words == []
+    tab.context.close()
+
+
+def test_live_sound_that_ends_says_why(browser: Any, address: str, shots: Path, service: Service) -> None:
+    tab = Tab(browser, f"{address}/#live", shots, permissions=["microphone"])
+    with contextlib.ExitStack() as stack:
+        for _ in range(service.settings.max_streams):
+            stack.enter_context(service.streaming())
+        tab.page.click("#live-toggle")
+        tab.page.wait_for_selector("#error:not([hidden])")
+    assert "all 2 live streams of this server are in use" in tab.page.inner_text("#error")
+    assert tab.page.inner_text("#live-toggle") == "Start"
+    assert tab.words == []
+    tab.context.close()
+
+
 def test_signing_in(browser: Any, extractor: Extractor, shots: Path, tmp_path: Path) -> None:
     token = "0123456789abcdef"
     with (
@@ -247,6 +319,11 @@ def test_signing_in(browser: Any, extractor: Extractor, shots: Path, tmp_path: P
         tab.until("+document.querySelector('#mixture-transport .position').value > 0.1")
         tab.page.reload()
         tab.page.wait_for_selector("#work:not([hidden])")
+        tab.page.check("input[name=mode][value=live]", force=True)
+        tab.page.wait_for_selector("#live-missing:not([hidden])")
+        assert "onevoice serve --live MODEL" in tab.page.inner_text("#live-missing")
+        assert tab.page.is_hidden("#live-work")
+        tab.shoot("9-no-live")
         assert [word for word in tab.words if "403" not in word] == []
         tab.context.close()
 

@@ -115,11 +115,15 @@ async def _sweep(service: Service) -> None:
 
 
 def configure(service: Service, host: str = "localhost", port: int = 0) -> uvicorn.Config:
-    """Return how a service is served."""
+    """Return how a service is served.
+
+    Live streams have limits of their own on silence. Pings would fail them: while the network is behind, nothing of the
+    client is read, its answers included.
+    """
     return uvicorn.Config(
         create_app(service), host, port, log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=round(LINGER_SECONDS), timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        h11_max_incomplete_event_size=2**16, ws_max_size=CUT_OFF_BYTES, ws_per_message_deflate=False,
+        h11_max_incomplete_event_size=2**16, ws_max_size=CUT_OFF_BYTES, ws_per_message_deflate=False, ws_ping_interval=None,
     )  # fmt: skip
 
 

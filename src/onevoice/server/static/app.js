@@ -1,57 +1,10 @@
-"use strict";
+import {$, all, button, call, clamp, clock, complain, css, formOf, problemOf, recordTo, send, show, takeFiles, when} from "./page.js";
+import {openLive, startLive} from "./live.js";
+
 {
-  const $ = (selector) => document.querySelector(selector);
-  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const show = (selector, isShown) => { $(selector).hidden = !isShown; };
-  const clock = (seconds) => `${Math.floor(seconds / 60)}:${(seconds % 60).toFixed(1).padStart(4, "0")}`;
-  const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
   const MIN_STRETCH = 0.5;
 
   const state = {server: null, recording: null, region: null, enrollment: null, job: null, events: null, asked: null};
-
-  /* Requests. Errors are problem details; their `detail` is for people. */
-
-  const problemOf = (text, status) => {
-    try { return new Error(JSON.parse(text).detail); } catch { return new Error(`The server answered with status ${status}`); }
-  };
-
-  const call = async (method, path, body) => {
-    let answer;
-    try { answer = await fetch(path, {method, body}); } catch { throw new Error("The server does not answer; is it still running?"); }
-    if (!answer.ok) throw problemOf(await answer.text(), answer.status);
-    return answer.status === 204 ? null : answer.json();
-  };
-
-  /* XMLHttpRequest tells how much of an upload has arrived; fetch does not. */
-  const send = (path, form, report) => new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest();
-    request.open("POST", path);
-    request.upload.onprogress = (event) => event.lengthComputable && report(event.loaded / event.total);
-    request.onerror = () => reject(new Error("The upload broke off; is the server still running?"));
-    request.onload = () => {
-      if (request.status < 300) resolve(JSON.parse(request.responseText));
-      else reject(problemOf(request.responseText, request.status));
-    };
-    request.send(form);
-  });
-
-  const formOf = (fields) => {
-    const form = new FormData();
-    for (const [name, value] of Object.entries(fields)) if (value !== null && value !== undefined) form.append(name, value);
-    return form;
-  };
-
-  const complain = (error) => {
-    $("#error").textContent = error === null ? "" : `${error.message}.`.replace(/\.\.$/, ".");
-    show("#error", error !== null);
-    if (error !== null) $("#error").scrollIntoView({block: "nearest"});
-  };
-
-  /* Runs what an event starts; its error is shown. */
-  const when = (target, type, work) => (typeof target === "string" ? $(target) : target).addEventListener(type, async (event) => {
-    try { complain(null); await work(event); } catch (error) { complain(error); }
-  });
 
   /* Pictures. */
 
@@ -209,63 +162,6 @@
       players.splice(players.indexOf(this), 1);
     }
   }
-
-  /* Sounds from the microphone become a WAV file, which every server can read. */
-
-  const toWav = async (blob) => {
-    const context = new AudioContext();
-    const sound = await context.decodeAudioData(await blob.arrayBuffer());
-    context.close();
-    const samples = sound.getChannelData(0), view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
-    const text = (place, word) => [...word].forEach((sign, index) => view.setUint8(place + index, sign.charCodeAt(0)));
-    text(0, "RIFF"); view.setUint32(4, 36 + 2 * samples.length, true); text(8, "WAVEfmt ");
-    view.setUint32(16, 16, true); view.setUint16(20, 1, true); view.setUint16(22, 1, true);
-    view.setUint32(24, sound.sampleRate, true); view.setUint32(28, 2 * sound.sampleRate, true);
-    view.setUint16(32, 2, true); view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * samples.length, true);
-    samples.forEach((value, index) => view.setInt16(44 + 2 * index, clamp(value, -1, 1) * 32767, true));
-    return new File([view.buffer], "microphone.wav", {type: "audio/wav"});
-  };
-
-  const recordTo = (selector, take) => {
-    const button = $(selector), label = button.querySelector("span:last-child");
-    let recorder = null;
-    when(button, "click", async () => {
-      if (recorder !== null) { recorder.stop(); return; }
-      if (!navigator.mediaDevices) throw new Error("The browser gives the microphone only to https pages and to localhost");
-      let stream;
-      try { stream = await navigator.mediaDevices.getUserMedia({audio: {echoCancellation: false, noiseSuppression: false, autoGainControl: false}}); }
-      catch { throw new Error("The microphone cannot be used; allow it in the browser, or choose a file"); }
-      const pieces = [], begin = Date.now();
-      const tick = setInterval(() => { label.textContent = `Stop (${clock((Date.now() - begin) / 1000).slice(0, -2)})`; }, 200);
-      recorder = new MediaRecorder(stream);
-      recorder.ondataavailable = (event) => pieces.push(event.data);
-      recorder.onstop = async () => {
-        clearInterval(tick);
-        const type = recorder.mimeType;
-        recorder = null;
-        stream.getTracks().forEach((track) => track.stop());
-        button.classList.remove("recording");
-        label.textContent = "Record";
-        try { await take(await toWav(new Blob(pieces, {type}))); } catch (error) { complain(error); }
-      };
-      recorder.start();
-      button.classList.add("recording");
-      label.textContent = "Stop (0:00)";
-    });
-  };
-
-  const takeFiles = (area, input, take) => {
-    const target = $(area), chooser = $(input);
-    when(chooser, "change", async () => { const [file] = chooser.files; chooser.value = ""; if (file) await take(file); });
-    for (const type of ["dragenter", "dragover"]) target.addEventListener(type, (event) => { event.preventDefault(); target.classList.add("over"); });
-    target.addEventListener("dragleave", () => target.classList.remove("over"));
-    when(target, "drop", async (event) => {
-      event.preventDefault();
-      target.classList.remove("over");
-      const [file] = event.dataTransfer.files;
-      if (file) await take(file);
-    });
-  };
 
   /* Step 1: the recording. */
 
@@ -446,13 +342,6 @@
     return line;
   };
 
-  const button = (text, label, work, kinds = "") => {
-    const made = document.createElement("button");
-    Object.assign(made, {type: "button", textContent: text, className: kinds, ariaLabel: label});
-    when(made, "click", work);
-    return made;
-  };
-
   const findPeople = async () => {
     $("#find").disabled = true;
     $("#find-state").textContent = "Listening to the recording…";
@@ -474,7 +363,7 @@
     const voices = await call("GET", "/v1/voices"), chosen = picked("voice");
     $("#voices-note").textContent = voices.length ? "Voices that were saved on this server. Delete those that are no longer needed." : "No voice is saved on this server. After an extraction, you can save its voice.";
     $("#voices").replaceChildren(...voices.map((voice) => {
-      const about = voice.fits ? `saved on ${new Date(voice.created).toLocaleDateString()}` : "made by other weights, cannot be used";
+      const about = voice.fits ? `saved on ${new Date(voice.created).toLocaleDateString()}` : "saved with another network, cannot be used";
       const line = item("voice", voice.id, `${voice.name} (${about})`, button("Delete", `Delete the voice ${voice.name}`, async () => {
         if (!confirm(`Delete the saved voice “${voice.name}”?`)) return;
         await call("DELETE", `/v1/voices/${voice.id}`);
@@ -599,7 +488,7 @@
     const overview = await call("GET", `/v1/extractions/${job.id}/overview`);
     show("#result", true);
     const heard = result.presence;
-    $("#verdict").textContent = heard === null ? "Done. These weights do not tell where the voice is heard." : heard.is_present ? `The voice is ${heard.text}.` : `${heard.text[0].toUpperCase()}${heard.text.slice(1)}. Check the stretch or the recording of the person.`;
+    $("#verdict").textContent = heard === null ? "Done. The network of this server cannot tell where the voice is heard." : heard.is_present ? `The voice is ${heard.text}.` : `${heard.text[0].toUpperCase()}${heard.text.slice(1)}. Check the stretch or the recording of the person.`;
     $("#notes").replaceChildren(...result.notes.map((note) => Object.assign(document.createElement("li"), {textContent: note})));
     const names = Object.keys(overview.pictures);
     const tracks = names.map((name, index) => trackOf(name, overview.pictures[name], result.seconds, result.levels_db[name], index));
@@ -649,10 +538,22 @@
 
   /* The start. */
 
+  /* The hash of the address names the part, so that it can be kept as a bookmark. */
+  const chooseMode = () => {
+    const isLive = location.hash === "#live", isAllowed = state.server.is_allowed;
+    $(`input[name=mode][value=${isLive ? "live" : "recording"}]`).checked = true;
+    show("#work", isAllowed && !isLive);
+    show("#live", isAllowed && isLive);
+    if (isAllowed && isLive) openLive().catch(complain);
+  };
+
   const start = async () => {
     const server = state.server = await call("GET", "/v1/server");
     show("#sign-in", server.needs_token && !server.is_allowed);
-    show("#work", server.is_allowed);
+    show("#modes", server.is_allowed);
+    $("#absent").closest("label").hidden = !server.tells_presence;
+    startLive(server);
+    chooseMode();
     const longest = server.max_seconds, minutes = Math.round(server.ttl_seconds / 60);
     const formats = server.has_ffmpeg ? "Any audio or video format" : "WAV, FLAC, MP3, Ogg or Opus";
     const kept = `${minutes} ${minutes === 1 ? "minute" : "minutes"}`;
@@ -681,6 +582,8 @@
   });
   when("#mixture-change", "click", async () => { await forget(); await dropMixture(); });
   for (const radio of all("input[name=kind]")) radio.addEventListener("change", () => chooseKind(radio.value));
+  for (const radio of all("input[name=mode]")) radio.addEventListener("change", () => { location.hash = radio.value === "live" ? "live" : ""; });
+  addEventListener("hashchange", chooseMode);
   markRegions();
   when("#find", "click", findPeople);
   when("#extract", "click", extract);

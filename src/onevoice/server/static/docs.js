@@ -59,10 +59,18 @@
         tags.get(tag).push(routeOf(method, path, operation, document_));
       }
     }
+    const socket = make("details", {className: "card route"},
+      make("summary", {}, make("code", {className: "method", textContent: "WS"}), " ", make("code", {textContent: "/v1/stream"}), " ", make("span", {className: "soft", textContent: "Take one voice out of sound while it comes."})),
+      ...[
+        "The first message of the client is the JSON of StreamStart; the server answers StreamReady. Then binary messages go both ways: blocks of samples of any length up to 1 MiB, by default 16-bit, little-endian, mono. As many samples come back as were sent, a little later.",
+        "StreamChange changes the voice or its share at any time; StreamReady says that it is done, StreamProblem that it cannot be done. After {\"end\": true} the rest of the samples comes, StreamEnd, and the close with code 1000.",
+        "If the server ends a stream, StreamProblem comes first, and then the close: 1013 all streams are in use, 1009 a message is too long, 1001 the server is stopping, 1011 the server failed, 1008 all else, such as a wrong message, or nothing that comes for 30 seconds.",
+      ].map((textContent) => make("p", {textContent})));
     const order = ["extractions", "recordings", "voices", "server"];
     const schemas = Object.entries(document_.components.schemas).filter(([, schema]) => schema.properties);
     document.querySelector("#routes").append(
       ...[...tags].sort(([one], [other]) => order.indexOf(one) - order.indexOf(other)).map(([tag, routes]) => make("section", {}, make("h2", {className: "tag", textContent: tag[0].toUpperCase() + tag.slice(1)}), ...routes)),
+      make("section", {}, make("h2", {className: "tag", textContent: "Live sound"}), socket),
       make("section", {}, make("h2", {className: "tag", textContent: "JSON"}), ...schemas.map(([name, schema]) => make("details", {className: "card route"}, make("summary", {}, make("code", {textContent: name}), " ", make("span", {className: "soft", textContent: schema.description ?? ""})), tableOf("Fields", rowsOf(schema, document_))))),
     );
   };
