@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 from fastapi.testclient import TestClient
+from server.test_bad_requests import TERMINAL
 from tiny import save_tiny
 
 from onevoice.audio import read_audio
+from onevoice.extraction import enrollment
+from onevoice.extraction.discovery import FoundVoice
 from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.recording import extract_file
 from onevoice.server.app import create_app
@@ -59,6 +62,9 @@ def test_the_answer_is_what_the_command_writes(
     page = client.get(job["result"]["files"]["report.html"])
     assert "attachment" in page.headers["content-disposition"]
     assert "<h1>" in page.text
+    assert "Extraction from mixture.wav" in page.text
+    assert "/tmp" not in page.text
+    assert "upload-" not in page.text
 
 
 def test_the_copies_share_one_gain_and_add_up(client: TestClient, sounds: Path, tmp_path: Path) -> None:
@@ -96,6 +102,17 @@ def test_a_person_found_in_the_mixture(client: TestClient, sounds: Path) -> None
     people = client.get(f"/v1/recordings/{number}/voices").json()
     assert [person["number"] for person in people] == list(range(1, len(people) + 1))
     assert extract(client, sounds, recording=number, person=1)["status"] == "done"
+
+
+def test_a_recording_of_two_people_as_the_voice(
+    client: TestClient, sounds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note says what to do in words for people without a terminal."""
+    people = [FoundVoice(number, ((0.0, 3.0),), (0.0, 3.0)) for number in (1, 2)]
+    monkeypatch.setattr(enrollment, "find_voices", lambda sound, rate, speech: people)
+    notes = extract(client, sounds, recording=upload(client, sounds), begin=0.1, end=0.9)["result"]["notes"]
+    assert [note for note in notes if note.startswith("recording from 0:00.1 to 0:00.9 seems to have 2 voices")]
+    assert not TERMINAL.search(" ".join(notes))
 
 
 def test_several_enrollments(client: TestClient, sounds: Path) -> None:
@@ -144,7 +161,8 @@ def test_weights_that_cannot_tell(sounds: Path, tmp_path: Path) -> None:
         assert job["result"]["presence"] is None
         assert not [name for name in job["result"]["files"] if name.endswith(".csv")]
         muted = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment"), data={"absent": "mute"})
-        assert (muted.status_code, "do not tell" in muted.json()["detail"]) == (422, True)
+        assert (muted.status_code, "cannot tell where" in muted.json()["detail"]) == (422, True)
+        assert client.get("/v1/server").json()["tells_presence"] is False
 
 
 def test_a_job_that_is_followed(client: TestClient, sounds: Path) -> None:
@@ -204,7 +222,9 @@ def test_voices_are_kept_only_when_asked(client: TestClient, sounds: Path, servi
     assert answer.status_code == 201
     saved = answer.json()
     assert (saved["name"], saved["fits"], saved["check_up"]["seconds"]) == ("Ann ../../x", True, 2.0)
-    (path,) = folder.iterdir()
+    (path,) = (each for each in folder.iterdir() if each.is_file())
+    (live,) = (folder / "live").iterdir()  # the same voice for live streams
+    assert (live.name, live.stat().st_mode & 0o777, live.parent.stat().st_mode & 0o777) == (path.name, 0o600, 0o700)
     assert (path.name, path.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (
         f"{saved['id']}.voice", 0o600, 0o700,
     )  # fmt: skip
@@ -218,7 +238,7 @@ def test_voices_are_kept_only_when_asked(client: TestClient, sounds: Path, servi
     )
     assert [client.delete(f"/v1/voices/{saved['id']}").status_code for _ in range(2)] == [204, 404]
     assert client.delete(f"/v1/voices/{other['id']}").status_code == 204
-    assert list(folder.iterdir()) == []
+    assert [each for each in folder.rglob("*") if each.is_file()] == []
 
 
 def test_health_limits_samples_and_metrics(client: TestClient, sounds: Path) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from extraction.test_stream import EXTRACTOR
 from fastapi.testclient import TestClient
 from tiny import command, process, save_tiny
 
 from onevoice.audio import encode_audio, read_audio
 from onevoice.errors import ConfigError
+from onevoice.extraction.checkpoint import save_checkpoint
 from onevoice.extraction.extractor import Extractor
 from onevoice.server import folders, jobs
 from onevoice.server.app import create_app
@@ -220,6 +222,9 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
         (["--token-file", tmp_path / "gone"], "cannot be read"),
         (["--port", "70000"], "port: must be 0 to 65535"),
         (["--workers", "0"], "workers: must be above 0"),
+        (["--max-streams", "0"], "max_streams: must be above 0"),
+        (["--live", tmp_path / "none.safetensors"], "no such checkpoint file"),
+        (["--live", save_tiny(tmp_path / "whole.safetensors")], "a stream needs a causal network"),
     ):
         done = command(capsys, "serve", *options)
         assert done.status == 2
@@ -235,13 +240,16 @@ def test_without_the_packages_of_the_server(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("served") / "tiny.safetensors")
+    folder = tmp_path_factory.mktemp("served")
+    save_checkpoint(folder / "causal.safetensors", EXTRACTOR.model.state_dict(), EXTRACTOR.card)
+    return save_tiny(folder / "tiny.safetensors")
 
 
 def start(weights: Path, folder: Path) -> tuple["subprocess.Popen[str]", str]:
     """Start `onevoice serve` in a process; return it and its address."""
     folder.mkdir(exist_ok=True)
     options = ["--port", "0", "--pretrained", weights, "--voices", folder / "voices", "--device", "cpu"]
+    options += ["--live", weights.with_name("causal.safetensors")]
     process = subprocess.Popen(
         [sys.executable, "-m", "onevoice", "serve", *map(str, options)], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
@@ -262,6 +270,7 @@ def test_a_killed_server_leaves_nothing_half_written_and_sigterm_lets_jobs_end(
     process.kill()
     process.wait()
     assert len(list(folder.glob(f"{folders.PREFIX}*"))) == 1
+    assert saved["fits_live"]
     process, address = start(weights, folder)
     assert len(list(folder.glob(f"{folders.PREFIX}*"))) == 1  # its own; the other one is gone
     assert httpx.get(f"{address}/v1/voices").json() == [saved]
@@ -284,4 +293,4 @@ def test_a_killed_server_leaves_nothing_half_written_and_sigterm_lets_jobs_end(
 
 def _long(sounds: Path) -> bytes:
     samples, rate = read_audio(sounds / "mixture.wav")
-    return encode_audio(np.tile(samples, 60), rate, ".wav")
+    return encode_audio(np.tile(samples, 30), rate, ".wav")

@@ -123,7 +123,8 @@ def configure(service: Service, host: str = "localhost", port: int = 0) -> uvico
     return uvicorn.Config(
         create_app(service), host, port, log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=round(LINGER_SECONDS), timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        h11_max_incomplete_event_size=2**16, ws_max_size=CUT_OFF_BYTES, ws_per_message_deflate=False, ws_ping_interval=None,
+        h11_max_incomplete_event_size=2**16, ws_max_size=CUT_OFF_BYTES, ws_per_message_deflate=False,
+        ws_ping_interval=None,
     )  # fmt: skip
 
 

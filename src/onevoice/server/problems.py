@@ -20,10 +20,10 @@ from onevoice.errors import (
     AudioError,
     CheckpointError,
     ConfigError,
-    MissingDependencyError,
     OnevoiceError,
     StorageError,
 )
+from onevoice.streams import GET_FFMPEG
 
 MEDIA_TYPE = "application/problem+json"
 URN = "urn:onevoice:problem:"
@@ -62,6 +62,7 @@ class ProblemError(Exception):
 
 
 UNREADABLE = "this server cannot read its format; convert it to WAV, FLAC, Ogg, Opus or MP3"
+FULL = "the server cannot write its files; try again later, or delete what is no longer needed"
 KINDS: tuple[tuple[type[OnevoiceError], str, str, int], ...] = (
     (AudioError, "audio", "The recording cannot be used", 422),
     (ConfigError, "request", "The request does not fit", 422),
@@ -87,11 +88,12 @@ def explain(error: Exception, names: Mapping[Path, str]) -> Problem:
     """Return the problem of any error; `names` are what the client calls the files."""
     if isinstance(error, ProblemError):
         return error.problem
-    if isinstance(error, MissingDependencyError):  # its advice is for whoever runs the server
-        error = AudioError(f"{str(error).partition(':')[0]}: {UNREADABLE}")
+    if GET_FFMPEG in str(error):  # that advice is for whoever runs the server
+        error = AudioError(f"{str(error).partition(': ')[0]}: {UNREADABLE}")
     for kind, name, title, status in KINDS:
         if isinstance(error, kind):
-            return Problem(type=f"{URN}{name}", title=title, status=status, detail=without_paths(str(error), names))
+            detail = FULL if kind is StorageError else without_paths(str(error), names)
+            return Problem(type=f"{URN}{name}", title=title, status=status, detail=detail)
     return Problem(
         type=f"{URN}internal", title="The server failed", status=500,
         detail="an error of the server; its log has the details",

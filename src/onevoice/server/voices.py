@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from onevoice.errors import CheckpointError
+from onevoice.errors import CheckpointError, StorageError
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice, save_voice
 from onevoice.files import storage_errors
 from onevoice.server.problems import ProblemError, not_found, without_paths
@@ -43,12 +43,15 @@ class Voices:
         check_up = voice.check_up
         if check_up is not None:
             check_up = replace(check_up, warnings=tuple(without_paths(each, names) for each in check_up.warnings))
-        for each, path in ((live, self._live_path(number)), (voice, self._path(number))):
-            if each is not None:
-                with storage_errors(path.parent):
-                    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                save_voice(replace(each, sources=(name,), check_up=check_up), path)
-                path.chmod(0o600)
+        try:
+            for each, path in ((voice, self._path(number)), (live, self._live_path(number))):
+                if each is not None:
+                    _make_private(path.parent)
+                    save_voice(replace(each, sources=(name,), check_up=check_up), path)
+                    path.chmod(0o600)
+        except StorageError:
+            self._path(number).unlink(missing_ok=True)
+            raise
         return self.describe(number)
 
     def load(self, number: str) -> Voice:
@@ -58,7 +61,7 @@ class Voices:
             raise not_found(f"voice {number}")
         voice = _read(path)
         if voice is None or voice.model_hash != self._model_hash:
-            raise _does_not_fit("it was saved with other weights")
+            raise _does_not_fit("it was saved with another network")
         return voice
 
     def load_live(self, number: str) -> Voice:
@@ -111,6 +114,12 @@ class Voices:
 
     def _path(self, number: str) -> Path:
         return self._folder / f"{number}{EXTENSION}"
+
+
+def _make_private(folder: Path) -> None:
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True, mode=0o700)
 
 
 def _read(path: Path) -> Voice | None:
