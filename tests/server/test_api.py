@@ -1,5 +1,6 @@
 """The API as a client sees it: extractions, recordings, voices, files, progress."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from fastapi.testclient import TestClient
-from server.test_bad_requests import TERMINAL
+from server.test_bad_requests import TERMINAL, wav
 from tiny import save_tiny
 
 from onevoice.audio import read_audio
@@ -111,7 +112,7 @@ def test_a_recording_of_two_people_as_the_voice(
     people = [FoundVoice(number, ((0.0, 3.0),), (0.0, 3.0)) for number in (1, 2)]
     monkeypatch.setattr(enrollment, "find_voices", lambda sound, rate, speech: people)
     notes = extract(client, sounds, recording=upload(client, sounds), begin=0.1, end=0.9)["result"]["notes"]
-    assert [note for note in notes if note.startswith("recording from 0:00.1 to 0:00.9 seems to have 2 voices")]
+    assert [note for note in notes if " from 0:00.1 to 0:00.9 seems to have 2 voices" in note], notes
     assert not TERMINAL.search(" ".join(notes))
 
 
@@ -163,6 +164,30 @@ def test_weights_that_cannot_tell(sounds: Path, tmp_path: Path) -> None:
         muted = client.post("/v1/extractions", files=files(sounds, "mixture", "enrollment"), data={"absent": "mute"})
         assert (muted.status_code, "cannot tell where" in muted.json()["detail"]) == (422, True)
         assert client.get("/v1/server").json()["tells_presence"] is False
+
+
+@pytest.mark.parametrize(
+    ("sound", "rate", "note"),
+    [
+        (np.zeros(4000), 8000, "the recording is silent"),
+        (np.array([0.5]), 8000, ""),
+        (np.full(4000, 0.5), 8000, ""),
+        (np.sign(np.sin(np.arange(19_200) / 50)), 192_000, ""),
+    ],
+    ids=["silence", "one sample", "DC", "192 kHz, clipped"],
+)
+def test_odd_mixtures_that_can_be_used(
+    client: TestClient, sounds: Path, sound: np.ndarray, rate: int, note: str
+) -> None:
+    odd = ("mixture", ("odd.wav", wav(sound, rate)))
+    job = client.post("/v1/extractions", files=[odd, *files(sounds, "enrollment")]).json()
+    assert job["status"] == "done"
+    assert (job["result"]["seconds"], job["result"]["sample_rate"]) == (len(sound) / rate, rate)
+    assert any(each.startswith(note) for each in job["result"]["notes"])
+    voice, _ = soundfile.read(io.BytesIO(client.get(job["result"]["files"]["voice.wav"]).content))
+    assert voice.shape == sound.shape
+    assert np.isfinite(voice).all()
+    assert client.get(f"/v1/extractions/{job['id']}/overview").status_code == 200
 
 
 def test_a_job_that_is_followed(client: TestClient, sounds: Path) -> None:
