@@ -61,6 +61,13 @@ class Tab:
         assert self.page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, state
         self.page.screenshot(path=self.shots / f"{self.name}-{state}.png", full_page=True)
 
+    def shoot_twice(self, state: str) -> None:
+        """Keep a picture of a wide and light window, and one of a dark phone."""
+        for self.name, width, height in (("light", 1280, 900), ("dark", 390, 844)):
+            self.page.emulate_media(color_scheme=self.name)
+            self.page.set_viewport_size({"width": width, "height": height})
+            self.shoot(state)
+
     def drop(self, target: str, path: Path) -> None:
         """Drop a file, as from the desktop."""
         data = self.page.evaluate_handle(
@@ -241,20 +248,14 @@ def voice_of(sounds: Path) -> Any:
     return enroll_files(EXTRACTOR, sounds / "enrollment.wav")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "size"), [("light", (1280, 900)), ("dark", (390, 844))], ids=["light-wide", "dark-phone"]
-)
-def test_live_sound(
-    browser: Any, address: str, shots: Path, sounds: Path, service: Service, scheme: str, size: tuple[int, int]
-) -> None:
+def test_live_sound(browser: Any, address: str, shots: Path, sounds: Path, service: Service) -> None:
     """The microphone comes back, with nobody's voice, with that of a recording, and with a saved one."""
-    viewport = {"width": size[0], "height": size[1]}
-    tab = Tab(browser, address, shots, viewport=viewport, color_scheme=scheme, permissions=["microphone"])
+    tab = Tab(browser, address, shots, permissions=["microphone"])
     page = tab.page
     saved = service.voices.save(voice_of(sounds), "Ann", {}, voice_of(sounds))
     page.check("input[name=mode][value=live]", force=True)
     page.wait_for_selector("#live-work:not([hidden])")
-    tab.shoot("6-live")
+    tab.shoot_twice("6-live")
     page.click("#live-toggle")
     tab.until("document.querySelector('#live-state').textContent.includes('everything passes through')")
     tab.until("['in', 'out'].every((name) => document.querySelector(`#live-${name}`).ariaValueNow > -50)")
@@ -266,7 +267,7 @@ def test_live_sound(
     page.set_input_files("#live-file", sounds / "enrollment.wav")
     tab.until("document.querySelector('#live-state').textContent.includes('the voice comes through')")
     tab.until("document.querySelector('#live-notes').textContent.includes('only 2.0 s of speech')")
-    tab.shoot("7-live-recording")
+    tab.shoot_twice("7-live-recording")
     page.check("input[name=live-kind][value=none]", force=True)
     tab.until("document.querySelector('#live-state').textContent.includes('everything passes through')")
     page.check("input[name=live-kind][value=voice]", force=True)
@@ -275,7 +276,8 @@ def test_live_sound(
     page.fill("#live-strength", "40")
     page.evaluate("document.querySelector('#live-strength').dispatchEvent(new Event('input'))")
     assert page.inner_text("#live-strength + output") == "40 %"
-    tab.shoot("8-live-voice")
+    tab.shoot_twice("8-live-voice")
+    assert unnamed(tab) == []
     page.click("#live-toggle")
     assert page.inner_text("#live-state") == "Not running."
     tab.until_free(service)
@@ -328,18 +330,25 @@ def test_signing_in(browser: Any, extractor: Extractor, shots: Path, tmp_path: P
         tab.context.close()
 
 
+def unnamed(tab: Tab) -> list[str]:
+    """Return what can be used and has no name for a screen reader."""
+    found: list[str] = tab.page.evaluate(
+        """() => [...document.querySelectorAll(
+                "a, button, input, select, summary, canvas, audio, [tabindex='0'], [role=meter]")]
+            .filter((each) => each.checkVisibility())
+            .filter((each) => !(each.ariaLabel || document.getElementById(each.getAttribute("aria-labelledby"))
+                || each.labels?.[0]?.textContent.trim() || each.textContent.trim()))
+            .map((each) => each.outerHTML)"""
+    )
+    return found
+
+
 def test_everything_is_reached_by_keyboard_and_has_a_name(browser: Any, address: str, shots: Path) -> None:
     tab = Tab(browser, address, shots)
     tab.page.click("#sample")
     tab.until("!document.querySelector('#extract').disabled")
     tab.extract()
-    unnamed = tab.page.evaluate(
-        """() => [...document.querySelectorAll("a, button, input, select, summary, canvas, audio, [tabindex='0']")]
-            .filter((each) => each.checkVisibility())
-            .filter((each) => !(each.ariaLabel || each.labels?.[0]?.textContent.trim() || each.textContent.trim()))
-            .map((each) => each.outerHTML)"""
-    )
-    assert unnamed == []
+    assert unnamed(tab) == []
     reached = set()
     for _ in range(60):
         tab.page.keyboard.press("Tab")
