@@ -50,7 +50,7 @@
 
   const start = async () => {
     const document_ = await (await fetch("/openapi.json")).json();
-    document.querySelector("#about").textContent = document_.info.description.replace(/\n+/g, " ");
+    document.querySelector("#about").textContent = plain(document_.info.description).replace(/\n+/g, " ");
     const tags = new Map();
     for (const [path, operations] of Object.entries(document_.paths)) {
       for (const [method, operation] of Object.entries(operations)) {
@@ -71,7 +71,7 @@
     document.querySelector("#routes").append(
       ...[...tags].sort(([one], [other]) => order.indexOf(one) - order.indexOf(other)).map(([tag, routes]) => make("section", {}, make("h2", {className: "tag", textContent: tag[0].toUpperCase() + tag.slice(1)}), ...routes)),
       make("section", {}, make("h2", {className: "tag", textContent: "Live sound"}), socket),
-      make("section", {}, make("h2", {className: "tag", textContent: "JSON"}), ...schemas.map(([name, schema]) => make("details", {className: "card route"}, make("summary", {}, make("code", {textContent: name}), " ", make("span", {className: "soft", textContent: schema.description ?? ""})), tableOf("Fields", rowsOf(schema, document_))))),
+      make("section", {}, make("h2", {className: "tag", textContent: "JSON"}), ...schemas.map(([name, schema]) => make("details", {className: "card route"}, make("summary", {}, make("code", {textContent: name}), " ", make("span", {className: "soft", textContent: plain(schema.description)})), tableOf("Fields", rowsOf(schema, document_))))),
     );
   };
 
