@@ -10,8 +10,8 @@ import anyio
 import numpy as np
 import pytest
 import soundfile
-from conftest import RATE, noise
 from fastapi.testclient import TestClient
+from server.conftest import RATE, noise
 from tiny import full_disk
 
 from onevoice.audio import encode_audio

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, needs_browser
-from conftest import RATE, serving
 from extraction.test_stream import EXTRACTOR
+from server.conftest import RATE, serving
 from voices import Voice
 
 from onevoice.audio import read_audio, write_audio
