@@ -1,8 +1,4 @@
-"""Processes: work spread over several of them, requests to stop, and the memory that one keeps.
-
-`ordered_map` is the one way to spread work: a list of independent pieces, a worker that keeps what it has loaded, and
-results in order. Its engine is a pool of processes on this machine, or a Ray cluster. This is the only module that
-knows Ray.
+"""Processes: work spread over several of them or over a Ray cluster, requests to stop, the memory that one keeps.
 
 Worker processes are spawned, so they inherit no threads or open files, and the work must be importable. They end when
 their parent ends, even if it was killed. Their numerical libraries use one thread each, because the workers already
@@ -23,6 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -67,13 +64,15 @@ Workers = int | Cluster
 """A number of processes on this machine, or a cluster."""
 
 
-def choose_workers(engine: str, address: str | None, workers: int | None, default: int, gpus: int = 0) -> Workers:
-    """Return what the options --engine, --address and the number of workers mean; `default` is for this machine.
+def choose_workers(
+    engine: str, address: str | None, workers: int | None, default: int, name: str = "workers", gpus: int = 0
+) -> Workers:
+    """Return what the options --engine, --address and the number of workers, `name`, mean; `default` is for local.
 
     Raises `ConfigError`, and `MissingDependencyError` without Ray.
     """
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers: must be 1 or more, not {workers}")
+        raise ConfigError(f"{name}: must be 1 or more, not {workers}")
     if engine == "ray":
         _import_ray()
         return Cluster(address, workers, gpus)
@@ -212,9 +211,6 @@ def _work_on(item: Any) -> Any:
     return _work(item)
 
 
-# A cluster ------------------------------------------------------------------------------------------------------
-
-
 class _Piece:
     """An item on its way through a cluster."""
 
@@ -310,7 +306,7 @@ class _Crew:
 
     def _hire(self) -> None:
         worker = self._kind.remote()
-        self._busy[worker.start.remote(os.getcwd(), self._make_work)] = (worker, None)
+        self._busy[worker.start.remote(str(Path.cwd()), self._make_work)] = (worker, None)
 
     def _replace(self, worker: Any, piece: _Piece | None, loss: Exception) -> None:
         if piece is None:

@@ -2,7 +2,7 @@
 
 - libsndfile (`audio`) reads and writes the formats it knows. The ffmpeg program, if there is one, does the rest through
   a pipe: M4A, MP4, WebM, MKV and whatever else has a sound track.
-- `-` is standard input or output; its bytes pass through a temporary file.
+- `-` is standard input or output; its bytes, and those of files with an address, pass through a temporary file.
 - Outputs never replace an input, and get their names only when all of them are complete.
 """
 
@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from onevoice.audio import (
     require_writable_format,
 )
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError, StorageError
-from onevoice.files import require_writable, storage_errors
+from onevoice.files import as_address, check_addresses, local_copy, require_writable, storage_errors, upload
 
 PIPE = "-"
 """The name of standard input and output."""
@@ -52,13 +53,12 @@ FFMPEG_FORMATS = {
 """Extensions (lower case) that ffmpeg writes, and its name for each format."""
 
 READABLE_BY_FFMPEG = (
-    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,ogg,"
-    "tta,w64,wav,wv"
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,"
+    "ogg,tta,w64,wav,wv"
 )
 """The containers that ffmpeg may read: no playlists, which could name other files of this machine."""
 
 GET_FFMPEG = 'the ffmpeg program, which is not installed: pip install "onevoice[formats]", or apt install ffmpeg'
-
 
 Process = subprocess.Popen[bytes]
 Complaint = Callable[[], str]
@@ -121,7 +121,8 @@ def open_source(name: str | Path, folder: Path | None = None) -> Iterator[Source
     Raises `AudioError` if it is missing, empty or unknown, and `MissingDependencyError` if only ffmpeg could tell.
     """
     if str(name) != PIPE:
-        yield _look(require_file(_as_path(name)), str(name))
+        with local_copy(name if as_address(name) else _as_path(name), folder) as path:
+            yield _look(require_file(path), as_address(name) or str(name))
         return
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".onevoice-") as copy:
         with storage_errors(Path(copy.name)):
@@ -130,6 +131,11 @@ def open_source(name: str | Path, folder: Path | None = None) -> Iterator[Source
         if not copy.tell():
             raise AudioError("standard input: is empty; give it the bytes of an audio file")
         yield _look(Path(copy.name), "standard input")
+
+
+def is_here(name: str | Path) -> bool:
+    """Check whether a name is that of a file on this machine: not standard input or output, and no address."""
+    return str(name) != PIPE and as_address(name) is None
 
 
 def _as_path(name: str | Path) -> Path:
@@ -191,9 +197,7 @@ def _decode_with_ffmpeg(path: Path, name: str) -> Iterator[tuple[Process, Compla
 def _run(command: Sequence[str], *, stdin: int, stdout: int) -> Iterator[tuple[Process, Complaint]]:
     """Run a program; yield it, and a function that waits for its end and returns its last line on standard error.
 
-    It is ended with the context.
-
-    Ctrl-C reaches this process only, so that it can tidy up.
+    It is ended with the context. Ctrl-C reaches this process only, so that it can tidy up.
     """
     with tempfile.TemporaryFile() as errors:
 
@@ -229,17 +233,18 @@ def check_outputs(
 ) -> None:
     """Check, before long work, that every output and text can be written, and that none is an input or another output.
 
-    Links and other spellings of a path count as the same file. An existing file needs `force`. Raises `ConfigError`,
-    `AudioError` for an unknown extension, and `StorageError`.
+    Links and other spellings of a path count as the same file. An existing file needs `force`; files elsewhere are not
+    looked at. Raises `ConfigError`, `StorageError`, `MissingDependencyError`, `AudioError` for an unknown extension.
     """
     given: dict[FileKey, Path] = {}
     seen: set[FileKey] = set()
-    for path in map(Path, inputs):
-        if str(path) != PIPE:
-            given |= dict.fromkeys(_same_file_keys(path)[0], path)
-    sounds = [_as_path(output) for output in outputs if output is not None and str(output) != PIPE]
-    for path in sounds:
-        _require_writable_format(path)
+    inputs, wanted = list(inputs), [output for output in outputs if output is not None and str(output) != PIPE]
+    check_addresses(inputs, wanted)
+    for path in map(Path, filter(is_here, inputs)):
+        given |= dict.fromkeys(_same_file_keys(path)[0], path)
+    for output in wanted:
+        _require_writable_format(Path(output) if as_address(output) else _as_path(output))
+    sounds = [Path(output) for output in wanted if is_here(output)]
     for path in [*sounds, *(_as_path(text) for text in texts if text is not None)]:
         with storage_errors(path):
             stored, wanted = _same_file_keys(path)
@@ -299,15 +304,13 @@ def write_together(
                 for path, part in zip(paths, temporary, strict=True)
             )
             yield tuple([stack.enter_context(writer) for writer in writers])
-        named: list[Path] = []
-        for path, part in zip(paths, temporary, strict=True):
+        for index, (path, part) in enumerate(zip(paths, temporary, strict=True)):
             try:
                 _deliver(part, path)
             except StorageError:
-                for whole in named:
-                    whole.unlink(missing_ok=True)
+                for whole in filter(is_here, paths[:index]):
+                    Path(whole).unlink(missing_ok=True)
                 raise
-            named.append(Path(path))
     finally:
         for part in temporary:
             part.unlink(missing_ok=True)
@@ -315,8 +318,9 @@ def write_together(
 
 def _temporary_path(path: str | Path) -> Path:
     """Return a hidden name beside `path`; remove what processes that were killed left under such names."""
-    if str(path) == PIPE:
-        return Path(tempfile.gettempdir()) / f".onevoice.{os.getpid()}.part.wav"
+    if not is_here(path):
+        key, suffix = zlib.crc32(str(path).encode()), Path(path).suffix or ".wav"
+        return Path(tempfile.gettempdir(), f".onevoice.{os.getpid()}.{key}.part{suffix}")
     path = Path(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,14 +333,13 @@ def _temporary_path(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _write_one(path: str | Path, part: Path, sample_rate: int, channels: int, samples: int) -> Iterator[Write]:
-    path = Path(path)
+    name, path = "standard output" if str(path) == PIPE else as_address(path) or str(path), Path(path)
     if path.suffix.lower() in FFMPEG_FORMATS:
         with _encode_with_ffmpeg(path, part, sample_rate, channels) as write_piped:
             yield write_piped
         return
-    name, extension = ("standard output", ".wav") if str(path) == PIPE else (str(path), path.suffix)
-    options: dict[str, Any] = {"channels": channels, "samples": samples}
-    options["subtype"] = "FLOAT" if keeps_peaks(path) else None
+    extension, subtype = path.suffix or ".wav", "FLOAT" if keeps_peaks(path) else None
+    options: dict[str, Any] = {"channels": channels, "samples": samples, "subtype": subtype}
     with contextlib.ExitStack() as file, contextlib.ExitStack() as encoder:
         with storage_errors(path):
             stream = part.open("w+b")
@@ -390,6 +393,8 @@ def _deliver(part: Path, path: str | Path) -> None:
         with part.open("rb") as stream:
             shutil.copyfileobj(stream, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-        return
-    with storage_errors(Path(path)):
-        part.replace(path)
+    elif address := as_address(path):
+        upload(part, address)
+    else:
+        with storage_errors(Path(path)):
+            part.replace(path)

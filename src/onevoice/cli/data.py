@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
@@ -22,6 +22,9 @@ def mix(
     test: bool = False,
     seed: int = 42,
     workers: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    shard: str | None = None,
     sample_rate: int = 16_000,
     segment_seconds: float = 3.0,
     vad_db: float = 20.0,
@@ -43,6 +46,11 @@ def mix(
         test: Keep full lengths. By default, silence is cut and the rest is cut into equal segments.
         seed: The seed of all random draws.
         workers: Number of processes; by default one per core.
+        engine: Where processes run: local, or ray for a Ray cluster, whose machines must share the file system of OUT
+            (needs onevoice[ray]).
+        address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
+        shard: Make only the part I of N equal parts, as I/N: for job arrays. The same command without it then joins the
+            parts.
         sample_rate: Sample rate of the written files in Hz.
         segment_seconds: Length of a training mixture in seconds.
         vad_db: In training mixtures, cut frames this many dB below the loudest frame.
@@ -50,13 +58,17 @@ def mix(
         layout: The layout of the corpora, if it is not recognized; see `onevoice corpus pack --help`.
         pattern: Use only files whose name matches, for example "*-norm.wav".
     """
-    workers = workers or os.cpu_count() or 1
+    from onevoice.files import parse_shard
+    from onevoice.processes import choose_workers
+
+    chosen, part = choose_workers(engine, address, workers, os.cpu_count() or 1), parse_shard(shard)
     if protocol is not None:
         if len(corpus_and_out) != 1:
             raise ConfigError("mix --protocol FILE.json takes one folder, the one to write: the file names the rest")
         from onevoice.trials import export_trials, load_trials_config
 
-        print(export_trials(load_trials_config(protocol), corpus_and_out[0], workers=workers))
+        print(export_trials(load_trials_config(protocol), corpus_and_out[0], workers=chosen, shard=part))
+        _say_how_to_join(part)
         return
     if len(corpus_and_out) < 2:
         raise ConfigError("mix takes one or more corpora and, last, the folder to write: onevoice mix CORPUS... OUT")
@@ -77,12 +89,19 @@ def mix(
     )
     summary = generator.generate_mixes(
         snr_levels=snr,
-        num_workers=workers,
+        num_workers=chosen,
         trim_db=trim_db,
         vad_db=vad_db,
         audioLen=segment_seconds,
+        shard=part,
     )
     print(summary)
+    _say_how_to_join(part)
+
+
+def _say_how_to_join(shard: Any) -> None:
+    if shard is not None:
+        print(f"this was shard {shard}; when all are done, run the same command without --shard")
 
 
 corpus_app = App(
@@ -150,6 +169,8 @@ def pack(
     max_broken: float = 0.01,
     verify: bool = False,
     workers: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
 ) -> None:
     """Decode corpora once into a packed corpus, from which training reads any crop in microseconds.
 
@@ -157,7 +178,8 @@ def pack(
     to one sample rate, their mean is removed, and broken files are named and left out.
 
     Args:
-        sources_and_out: The sources, as for `scan`, and last the folder to write.
+        sources_and_out: The sources, as for `scan`, and last the folder to write. Tar shards may be addresses such as
+            s3://bucket/shard-000.tar (needs onevoice[remote]).
         split: Parts and their shares of the speakers, as "train=0.9 validation=0.1". Each part becomes a pack,
             OUT/PART.
         seed: The seed of the split. A speaker stays in its part when more speakers are added later.
@@ -171,10 +193,15 @@ def pack(
         max_broken: Fail with status 2 if a larger share of the files is broken.
         verify: Read everything back and compare the checksums.
         workers: Number of processes; by default one per core.
+        engine: Where processes run: local, or ray for a Ray cluster, whose machines must read the sources at the same
+            place (needs onevoice[ray]).
+        address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
     """
     from onevoice.corpus.listing import list_corpus, split_speakers
     from onevoice.corpus.packing import pack_corpus
+    from onevoice.processes import choose_workers
 
+    chosen = choose_workers(engine, address, workers, os.cpu_count() or 1)
     *sources, out = _some(sources_and_out)
     if not sources:
         raise ConfigError(f"{out}: name the sources and then the folder to write: pack SOURCE... OUT")
@@ -191,7 +218,7 @@ def pack(
             part,
             folder,
             sample_rate=sample_rate,
-            workers=workers or os.cpu_count() or 1,
+            workers=chosen,
             speeds=speeds or (),
             keep_mean=keep_mean,
             max_broken=max_broken,

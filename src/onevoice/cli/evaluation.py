@@ -1,5 +1,6 @@
 """The verbs that measure: `eval` and `score`."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,9 @@ def eval_(
     texts: Path | None = None,
     sample_rate: int | None = None,
     device: Annotated[str | None, Parameter(name=["--device", "-d"])] = None,
+    engine: str = "local",
+    address: str | None = None,
+    shard: str | None = None,
 ) -> None:
     """Score a checkpoint on trials: SI-SDR, SI-SDRi, PESQ, STOI, failures and confusions.
 
@@ -67,10 +71,17 @@ def eval_(
         sample_rate: For a baseline: the rate in Hz to score at, by default that of the trials.
         device: Where to run the network: cpu, cuda, cuda:1, mps or the number of a GPU; auto takes the fastest one
             available.
+        engine: Where the work is done: local, or ray for a Ray cluster, where --jobs is the number of workers, each
+            with the network (needs onevoice[ray]); --device cuda gives each a GPU.
+        address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
+        shard: With --output, score only the part I of N equal parts, as I/N: for job arrays. The same command without
+            it then joins the parts.
     """
     from onevoice.evaluation import run
     from onevoice.evaluation.provenance import describe_model
     from onevoice.extraction.extractor import load
+    from onevoice.files import parse_shard
+    from onevoice.processes import Cluster, choose_workers
     from onevoice.trials import open_trials, place_of
     from onevoice.trials.export import own_rate
 
@@ -84,17 +95,26 @@ def eval_(
         listen=listen, asr=asr, texts=texts,
     )  # fmt: skip
     _check_output(output, settings)
+    part = parse_shard(shard)
+    if part is not None and output is None:
+        raise ConfigError("--shard: needs --output, where the rows of the shard are kept")
+    gpus = int(settings.device.startswith("cuda"))
+    workers = choose_workers(engine, address, settings.jobs or None, 0, "jobs", gpus)
+    cluster = workers if isinstance(workers, Cluster) else None
     if checkpoint is None:
         assert baseline is not None, "one of them is set"
-        estimator = run.baseline(baseline, sample_rate or own_rate(open_trials(settings.trials)))
+        make = functools.partial(run.baseline, baseline, sample_rate or own_rate(open_trials(settings.trials)))
+        estimator = make()
         about: dict[str, Any] = {"baseline": baseline}
         model = about
     else:
-        extractor = load(checkpoint, settings.model, settings.device)
+        make = functools.partial(run.load_network, checkpoint, settings.model, settings.device)
+        extractor = load(checkpoint, settings.model, "cpu" if cluster else settings.device)
         estimator, model = run.network(extractor), describe_model(extractor)
         about = {"checkpoint": checkpoint, "facts": dict(extractor.card.facts)}
     title = f"{checkpoint or f'baseline {baseline}'} on {place_of(settings.trials)}"
-    _judge(estimator, settings, title, output, save_estimates, about, model)
+    spread = run.Spread(cluster, make, part)
+    _judge(estimator, settings, title, output, save_estimates, about, model, spread)
 
 
 def score(
@@ -183,11 +203,12 @@ def _judge(
     save_estimates: Path | None,
     about: dict[str, Any],
     model: dict[str, Any],
+    spread: Any = None,
 ) -> None:
-    """Judge the estimates, print the summary and write the result."""
+    """Judge the estimates, print the summary and write the result; of a shard, keep the rows in its journal."""
     from onevoice.evaluation.journal import Journal
     from onevoice.evaluation.provenance import describe_recipe, describe_software
-    from onevoice.evaluation.run import Keeping, judge, require_rate
+    from onevoice.evaluation.run import Keeping, Spread, judge, require_rate
     from onevoice.evaluation.summary import format_report, save_report
     from onevoice.extraction.discovery import ENCODER
     from onevoice.trials import to_record
@@ -209,10 +230,14 @@ def _judge(
         chosen = ("metrics", "genders")
         asked = {"data": to_record(settings.trials), **{name: getattr(settings, name) for name in chosen}}
         estimates = None if save_estimates is None else str(save_estimates)
-        journal = Journal(output, {**provenance, **asked, "save_estimates": estimates})
-    report = judge(estimator, settings, keeping=Keeping(journal, save_estimates))
+        shard = None if spread is None else spread.shard
+        journal = Journal(output, {**provenance, **asked, "save_estimates": estimates}, shard)
+    report = judge(estimator, settings, keeping=Keeping(journal, save_estimates), spread=spread or Spread())
     if journal is not None and journal.problem is not None:
         print(f"onevoice: not resumable: {journal.problem}", file=sys.stderr)
+    if journal is not None and spread is not None and spread.shard is not None:
+        print(f"{journal.path}: {len(report.trials)} trials; when all shards are done, run this without --shard")
+        return
     print(title)
     print(format_report(report))
     if output is not None and journal is not None:

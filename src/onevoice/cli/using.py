@@ -29,7 +29,8 @@ def extract(
     *more: str,
     voice: list[str] | None = None,
     out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
-    jobs_file: Annotated[Path | None, Parameter(name="--list")] = None,
+    jobs_file: Annotated[str | None, Parameter(name=["--list", "--jobs-file"])] = None,
+    results: Path | None = None,
     everyone: Annotated[str | None, Parameter(name="--all")] = None,
     residual: str | None = None,
     channel: str = "mean",
@@ -37,7 +38,10 @@ def extract(
     timeline: str | None = None,
     report: str | None = None,
     force: bool = False,
-    jobs: Annotated[int, Parameter(name=["--jobs", "-j"])] = 1,
+    jobs: Annotated[int | None, Parameter(name=["--jobs", "-j"])] = None,
+    engine: str = "local",
+    address: str | None = None,
+    shard: str | None = None,
     pretrained: Pretrained = None,
     precision: str = "auto",
     config: EvalConfigFile = None,
@@ -47,7 +51,7 @@ def extract(
 
     OUTPUT is mono and has the sample rate, length and level of MIXTURE. With --voice, all names are mixtures:
     onevoice extract MIXTURE... --voice ENROLLMENT --out FOLDER. A stopped extraction of a long recording resumes with
-    the same command.
+    the same command. Names may be addresses such as s3://bucket/name (needs onevoice[remote]).
 
     Args:
         mixture: The recording of several people, of any length, rate and format, or a glob pattern; - is standard
@@ -59,6 +63,7 @@ def extract(
             onevoice voices lists (FILE#2), or a saved voice (FILE.voice). Several recordings of the person: repeat it.
         out: With --voice, the file to write, or the folder, which gets NAME.wav for each mixture.
         jobs_file: A file of lines {"mixture": …, "voice": …, "output": …, "residual": …}, instead of names.
+        results: With --list, also write a row per job to this .jsonl file as it ends; a stopped command then resumes.
         everyone: Without any enrollment, extract every person who is found in MIXTURE, into this folder.
         residual: Also write what is left, MIXTURE minus OUTPUT, to this file; with a folder for --out, a folder.
         channel: Which channel of MIXTURE to use: 1, 2, …, their mean, or each, which keeps all channels apart.
@@ -66,19 +71,27 @@ def extract(
         timeline: Also write when the voice is heard: .csv, .rttm, or .txt for Audacity. For one mixture.
         report: Also write an HTML page with players, spectrograms and the presence of the voice. For one mixture.
         force: Replace outputs that exist.
-        jobs: Recordings to work on at once, each in a process of its own.
+        jobs: Recordings to work on at once, each in a process of its own; by default 1, and on a cluster one per core
+            or GPU.
+        engine: Where processes run: local, or ray for a Ray cluster (needs onevoice[ray]), where --device cuda gives
+            each process a GPU.
+        address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
+        shard: With --list, do only the part I of N equal parts, as I/N: for job arrays.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
             By default, the ones that come with onevoice.
         precision: Of the matrix products: float32 or bfloat16; auto is bfloat16 if the processor computes in it.
         config: An eval config whose `model` section describes a .pth checkpoint; other checkpoints need none.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
-    from onevoice.extraction.jobs import Settings, check_jobs, run_jobs
+    from onevoice.extraction.jobs import Settings
     from onevoice.extraction.recording import parse_absent, parse_channel
+    from onevoice.files import parse_shard
+    from onevoice.processes import choose_workers
 
     settings = Settings(parse_channel(channel), force, parse_absent(absent))
-    if jobs < 1:
-        raise ConfigError(f"jobs: must be 1 or more, not {jobs}")
+    workers = choose_workers(engine, address, jobs, 1, "jobs", gpus=int(device.startswith("cuda")))
+    if jobs_file is None and (results is not None or shard is not None):
+        raise ConfigError("--results, --shard: are for a job list (--list)")
     names = [name for name in map(_plain, (mixture, enrollment, output, *more)) if name is not None]
     voices = tuple("-" if each == PIPE else each for each in voice or ())
     if everyone is not None:
@@ -89,12 +102,36 @@ def extract(
         if len(todo) != 1 or jobs_file is not None:
             raise ConfigError("--timeline and --report: are for one mixture; name them in a job list (--list)")
         todo = [replace(todo[0], timeline=timeline, report=report)]
-    check_jobs(todo, settings)
     load = functools.partial(_load, pretrained, config, device, precision)
-    with _progress() as progress:
-        _print_results(
-            run_jobs(todo, load, settings, jobs, progress), len(todo), any(job.output == "-" for job in todo)
-        )
+    _do_jobs(todo, settings, load, workers, results, parse_shard(shard))
+
+
+def _do_jobs(todo: list[Any], settings: Any, load: Any, workers: Any, results: Path | None, shard: Any) -> None:
+    """Do the jobs, or those of one shard that have no row in `results` yet, and print what became of them."""
+    from onevoice.extraction.job_results import JobResults
+    from onevoice.extraction.jobs import check_jobs, run_jobs
+
+    with contextlib.ExitStack() as stack:
+        append = None
+        if results is not None:
+            kept = JobResults(results, todo, shard)
+            todo, settings = kept.left, replace(settings, force=settings.force or kept.is_resumed)
+            print(f"{kept.path}: {kept.done} jobs are done, {len(todo)} are left")
+        elif shard is not None:
+            todo = shard.of(todo)
+        check_jobs(todo, settings)
+        if results is not None:
+            append = stack.enter_context(kept.appending())
+        found = run_jobs(todo, load, settings, workers, stack.enter_context(_progress()))
+        _print_results(_recorded(todo, found, append), len(todo), any(job.output == "-" for job in todo))
+
+
+def _recorded(jobs: list[Any], results: Iterable[Any], append: Callable[[Any, Any], None] | None) -> Iterator[Any]:
+    """Yield the results, each after its row is written."""
+    for job, result in zip(jobs, results, strict=True):
+        if append is not None:
+            append(job, result)
+        yield result
 
 
 def _plain(name: str | None) -> str | None:
@@ -103,7 +140,7 @@ def _plain(name: str | None) -> str | None:
 
 
 def _jobs_of(
-    names: list[str], voices: tuple[str, ...], out: str | None, jobs_file: Path | None, residual: str | None
+    names: list[str], voices: tuple[str, ...], out: str | None, jobs_file: str | None, residual: str | None
 ) -> list[Any]:
     """Return the jobs that a command line asks for. Raises `ConfigError`."""
     from onevoice.extraction.jobs import Job, jobs_for, read_jobs

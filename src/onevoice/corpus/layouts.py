@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from onevoice.audio import EXTENSIONS
 from onevoice.corpus.recordings import Fault, Listing, Recording, Utterance, require_uncompressed, tar_members
 from onevoice.errors import ConfigError, CorpusError
+from onevoice.files import as_address
 
 UNREADABLE_EXTENSIONS = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".sph", ".shn", ".webm", ".3gp")
 """Extensions of audio files that libsndfile does not decode."""
@@ -121,7 +122,10 @@ def list_source(path: Path, layout: str | None = None, pattern: str | None = Non
     """
     if layout is not None and layout not in LAYOUTS:
         raise ConfigError(f"{layout}: unknown layout; choose one of {', '.join(LAYOUTS)}")
-    if not path.exists():
+    address = as_address(path)
+    if address is not None and (path.suffix.lower() != ".tar" or layout not in (None, "tar", "flat")):
+        raise CorpusError(f"{address}: only .tar shards can be read from an address")
+    if address is None and not path.exists():
         raise CorpusError(f"{path}: no such file or folder; name a corpus")
     layout = layout or detect_layout(path)
     if path.is_dir() != (layout in FOLDER_LAYOUTS) and layout != "flat" and not (path.is_dir() and layout == "tar"):

@@ -27,7 +27,7 @@ from onevoice.corpus.pack import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCor
 from onevoice.corpus.recordings import Fault, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
 from onevoice.files import Row, append_whole, atomic_write, sole_writer, storage_errors, to_json, to_json_lines
-from onevoice.processes import ordered_map
+from onevoice.processes import Workers, ordered_map
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def pack_corpus(
     out: str | Path,
     *,
     sample_rate: int = 16_000,
-    workers: int = 1,
+    workers: Workers = 1,
     speeds: Sequence[float] = (),
     keep_mean: bool = False,
     max_broken: float = MAX_BROKEN,
@@ -117,6 +117,11 @@ class _Encoder:
         return Encoded(encoded.astype("<i2").tobytes(), source_rate)
 
 
+def _set_aside(job: Job, reason: str) -> Encoded:
+    """Return the result of a job that took down its workers."""
+    return Encoded(fault=reason)
+
+
 def _check_settings(sample_rate: int, speeds: Sequence[float]) -> None:
     if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
         raise ConfigError(f"sample_rate: {sample_rate} Hz is not usable; choose 8000 or 16000")
@@ -172,7 +177,7 @@ def _write_samples(
     jobs: Sequence[Job],
     part: Path,
     make_encoder: "functools.partial[_Encoder]",
-    workers: int,
+    workers: Workers,
     corpus: Corpus,
     max_broken: float,
 ) -> tuple[list[Row], str]:
@@ -182,7 +187,7 @@ def _write_samples(
     digest = hashlib.sha256()
     with (
         _open_for_writing(part / SAMPLES) as stream,
-        contextlib.closing(ordered_map(make_encoder, jobs, max(1, min(workers, len(jobs))))) as results,
+        contextlib.closing(ordered_map(make_encoder, jobs, workers, _set_aside)) as results,
     ):
         progress = tqdm(results, desc=str(part), total=len(jobs), unit="utterance", disable=None)
         for job, encoded in zip(jobs, progress, strict=True):

@@ -1,7 +1,7 @@
 """Recordings: audio files and members of tar shards, and the utterances they hold.
 
-A tar shard is read in place: its members are listed once with their offsets and sizes, and each is then read at its
-offset. A `Recording` is a plain value without an open file, so it can be sent to any process.
+A tar shard, here or at an address, is read in place: its members are listed once with their offsets and sizes, and each
+is then read at its offset. A `Recording` is a plain value without an open file, so it can be sent to any process.
 """
 
 import io
@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from onevoice.audio import Mono, decode_audio, probe_audio, require_file
 from onevoice.errors import AudioError, CorpusError
+from onevoice.files import open_bytes, read_range
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 """Extensions of archives whose members can only be read after unpacking."""
@@ -54,9 +56,7 @@ class Recording:
         if self.size == 0:
             raise AudioError(f"{self.name}: the file is empty (0 bytes)")
         try:
-            with self.path.open("rb") as shard:
-                shard.seek(self.offset)
-                return io.BytesIO(shard.read(self.size))
+            return io.BytesIO(read_range(self.path, self.offset, self.size))
         except OSError as error:
             raise AudioError(f"{self.name}: cannot be read ({error.strerror}); copy the shard again") from error
 
@@ -110,9 +110,11 @@ def tar_members(path: Path) -> Iterator[Recording | Fault]:
     A truncated shard yields its complete members and then one `Fault`. Nobody knows how many members are missing, so
     it counts for as many utterances as were found. Raises `CorpusError` if the file is not an uncompressed tar.
     """
-    end, found = path.stat().st_size, 0
+    found = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_bytes(path) as shard, tarfile.open(fileobj=shard, mode="r:") as tar:
+            end = shard.seek(0, io.SEEK_END)
+            shard.seek(tar.offset)
             for member in _members(tar):
                 name = f"{path.name}:{member.name}"
                 if member.offset_data + member.size > end:
@@ -122,7 +124,7 @@ def tar_members(path: Path) -> Iterator[Recording | Fault]:
                     yield Recording(path, name, member.offset_data, member.size)
                 elif not member.isdir():
                     yield Fault(name, "is a link or a special file; a shard must hold the audio itself")
-            complete = tar.offset < end and _has_end_mark(path, tar.offset)
+            complete = tar.offset < end and _has_end_mark(shard, tar.offset)
     except (tarfile.TarError, OSError) as error:
         raise CorpusError(f"{path}: cannot be read as an uncompressed tar ({error}); copy or build it again") from error
     if not complete:
@@ -149,8 +151,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _has_end_mark(path: Path, offset: int) -> bool:
+def _has_end_mark(shard: IO[bytes], offset: int) -> bool:
     """Check whether the end mark of a tar, a block of zeros, is at `offset`."""
-    with path.open("rb") as shard:
-        shard.seek(offset)
-        return shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    shard.seek(offset)
+    return shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

@@ -1,8 +1,9 @@
 """Scoring estimates on trials: estimates are made in batches in this process, and scored in worker processes.
 
 An `Estimator` makes estimates: a network, a baseline, or a folder that another toolkit filled. It runs ahead of the
-metrics by a bounded number of trials (`processes.ordered_map`). Estimates are scored at the estimator's rate and never
-rescaled. The number of processes and interruptions change nothing; batch size and padding change nothing but rounding.
+metrics by a bounded number of trials (`processes.ordered_map`). On a cluster, each worker has an estimator of its own,
+and a piece of work is a batch. Estimates are scored at the estimator's rate and never rescaled. The number of
+processes, shards and interruptions change nothing; batch size and padding change nothing but rounding.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,15 +34,17 @@ from onevoice.evaluation.facts import trial_facts
 from onevoice.evaluation.journal import Journal
 from onevoice.evaluation.listening import Heard, Kind, Listener, make_listener
 from onevoice.evaluation.metrics import MetricName
+from onevoice.evaluation.results import TrialRow
 from onevoice.evaluation.scoring import EstimatedTrial, TrialFacts, score_trial
 from onevoice.evaluation.summary import Report, make_report
-from onevoice.extraction.extractor import Extractor
+from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.presence import Presence
 from onevoice.extraction.windows import Spool
+from onevoice.files import Shard
 from onevoice.models import ModelConfig
-from onevoice.processes import ordered_map
+from onevoice.processes import Cluster, ordered_map
 from onevoice.trials import FolderTrials, TrialsConfig, open_trials
-from onevoice.trials.reading import EpochSampler, TrialBatch, TrialDataset, collate, read_batches
+from onevoice.trials.reading import TrialBatch, TrialDataset, collate, read_batches
 
 METRIC_NAMES: tuple[MetricName, ...] = ("si_sdr", "si_sdr_improvement", "pesq", "stoi")
 
@@ -159,26 +162,52 @@ class Keeping:
     """Where estimates go, as NAME.wav in 32-bit float."""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How an evaluation is spread over machines."""
+
+    cluster: Cluster | None = None
+    load: Callable[[], Estimator] | None = None
+    """Loads the estimator in a worker of the cluster; it can be pickled."""
+    shard: Shard | None = None
+    """The part of the batches to judge; None for all."""
+
+
+def load_network(checkpoint: str, model: ModelConfig | None, device: str) -> Estimator:
+    """Load weights, and return their estimator."""
+    return network(load(checkpoint, model, device))
+
+
 def judge(
-    estimator: Estimator, config: EvaluationConfig, *, progress: bool = True, keeping: Keeping = Keeping()
+    estimator: Estimator,
+    config: EvaluationConfig,
+    *,
+    progress: bool = True,
+    keeping: Keeping = Keeping(),
+    spread: Spread = Spread(),
 ) -> Report:
     """Score the estimates of any estimator as `evaluate` does; resume what a killed evaluation left in the journal."""
     chosen = config.trials
     opened = open_trials(chosen)
     trials, rate = opened.trials, estimator.sample_rate
-    journal = keeping.journal
-    rows = [] if journal is None else journal.resume([trial.name for trial in trials])
+    names, journal = [trial.name for trial in trials], keeping.journal
+    rows = {row.name: row for row in ([] if journal is None else journal.resume(names))}
     facts = trial_facts(chosen, trials, None if config.genders is None else Path(config.genders))
-    jobs = min(config.jobs or os.cpu_count() or 1, len(trials))
     data = TrialDataset(trials, rate, (), chosen.segment_seconds, chosen.enrollment_seconds)
-    listener = None
+    judging = _Judging(data, facts, config, frozenset(rows), keeping.estimates_folder)
     if config.listen or config.asr or config.texts:
-        names = [trial.name for trial in trials]
-        listener = make_listener(config.listen, config.asr, config.texts, names, rate)
-    estimates = _estimates(estimator, data, facts, config.batch_size, len(rows), keeping.estimates_folder, listener)
-    make_score = functools.partial(functools.partial, score_trial, sample_rate=rate, names=config.metrics)
+        judging.make_listener()  # whatever is missing is missed now
+    batches: Sequence[int] = range(-(-len(trials) // config.batch_size))
+    batches = [n for n in (spread.shard.of(batches) if spread.shard else batches) if judging.left(n)]
+    if spread.cluster is None or spread.load is None:
+        make_score = functools.partial(functools.partial, score_trial, sample_rate=rate, names=config.metrics)
+        estimates = judging.estimates(estimator, batches)
+        found = ordered_map(make_score, estimates, min(config.jobs or os.cpu_count() or 1, len(trials)))
+    else:
+        start = functools.partial(judging.start, spread.load)
+        found = _each_row(ordered_map(start, batches, spread.cluster, judging.set_aside))
     with (
-        contextlib.closing(ordered_map(make_score, estimates, jobs)) as scores,
+        contextlib.closing(found) as scores,
         contextlib.ExitStack() as stack,
         tqdm(total=len(trials), initial=len(rows), desc="eval", disable=None if progress else True) as bar,
     ):
@@ -187,55 +216,106 @@ def judge(
         for row in scores:
             if journal is not None:
                 journal.append(row)
-            rows.append(row)
+            rows[row.name] = row
             bar.update()
-    return make_report(rows, config.metrics, opened.left_out, [*opened.notes, *estimator.notes])
+    ordered = [rows[name] for name in names if name in rows]
+    return make_report(ordered, config.metrics, opened.left_out, [*opened.notes, *estimator.notes])
 
 
-def _estimates(
-    estimator: Estimator,
-    data: TrialDataset,
-    facts: list[TrialFacts],
-    batch_size: int,
-    done: int,
-    folder: Path | None,
-    listener: Listener | None,
-) -> Iterator[EstimatedTrial]:
-    """Yield the trials in order, each with its estimate, without the first `done`.
+def _each_row(batches: Generator[list[TrialRow], None, None]) -> Generator[TrialRow, None, None]:
+    with contextlib.closing(batches):
+        for rows in batches:
+            yield from rows
 
-    The batches are those of an evaluation from the start, so that resuming does not even change the rounding.
+
+@dataclass(frozen=True)
+class _Judging:
+    """What is judged: batches of trials, without those that are `done`.
+
+    The batches are always those of an evaluation from the start, so that neither resuming nor shards change the
+    rounding.
     """
-    sampler = EpochSampler(len(data), batch_size, 0, 0, done // batch_size, shuffle=False)
-    loader: DataLoader[Any] = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
-    index = done // batch_size * batch_size
-    for batch in read_batches(loader):
-        begin = time.perf_counter()
-        estimates = estimator.estimate(batch)
-        seconds = time.perf_counter() - begin
-        lengths = batch["audio_length"].tolist()
-        for row, (name, estimate, length) in enumerate(zip(batch["name"], estimates, lengths, strict=True)):
-            index += 1
-            if index <= done:
-                continue
-            if folder is not None:
-                _save(folder / f"{name}.wav", estimate, data.sample_rate)
-            target, mixture = (batch["target"][row, :length].numpy(), batch["audio"][row, :length].numpy())
-            enrollment = batch["ref"][row, : int(batch["ref_length"][row])].numpy()
-            heard = Heard(name, estimate, target, mixture, enrollment, data.sample_rate)
-            presence = None if estimator.presence is None else estimator.presence(mixture, estimate)
-            yield EstimatedTrial(
-                name,
-                estimate,
-                target,
-                mixture,
-                facts[index - 1],
-                len(enrollment) / data.sample_rate,
-                _hash_audio(batch, row, data.sample_rate),
-                round(seconds * length / sum(lengths), 6) if estimator.is_timed else None,
-                None if listener is None else listener(heard),
-                None if presence is None else presence.score_db,
-                None if presence is None else presence.is_present,
-            )
+
+    data: TrialDataset
+    facts: list[TrialFacts]
+    config: EvaluationConfig
+    done: frozenset[str]
+    folder: Path | None
+
+    def indices(self, batch: int) -> range:
+        """The trials of a batch."""
+        first = batch * self.config.batch_size
+        return range(first, min(first + self.config.batch_size, len(self.data)))
+
+    def left(self, batch: int) -> list[str]:
+        """Return the names of the trials of a batch that are not done."""
+        names = (self.data.trials[index].name for index in self.indices(batch))
+        return [name for name in names if name not in self.done]
+
+    def make_listener(self) -> Listener:
+        """Return what else listens."""
+        names = [trial.name for trial in self.data.trials]
+        config = self.config
+        return make_listener(config.listen, config.asr, config.texts, names, self.data.sample_rate)
+
+    def start(self, load_estimator: Callable[[], Estimator]) -> Callable[[int], list[TrialRow]]:
+        """Return the work of a worker of a cluster: a batch in, its rows out."""
+        estimator, rate, names = load_estimator(), self.data.sample_rate, self.config.metrics
+        return lambda batch: [score_trial(each, rate, names) for each in self.estimates(estimator, [batch])]
+
+    def set_aside(self, batch: int, reason: str) -> list[TrialRow]:
+        """Return rows without any value for a batch that took down its workers."""
+        metrics = self.config.metrics
+        refusals = dict.fromkeys(metrics, reason)
+        return [TrialRow(name, 0.0, dict.fromkeys(metrics), refusals) for name in self.left(batch)]
+
+    def estimates(self, estimator: Estimator, batches: Sequence[int]) -> Iterator[EstimatedTrial]:
+        """Yield the trials of some batches that are not done, each with its estimate."""
+        config = self.config
+        listener = self.make_listener() if config.listen or config.asr or config.texts else None
+        keys = [[(0, index) for index in self.indices(batch)] for batch in batches]
+        loader: DataLoader[Any] = DataLoader(self.data, batch_sampler=keys, collate_fn=collate)
+        for batch, indices in zip(read_batches(loader), map(self.indices, batches), strict=True):
+            begin = time.perf_counter()
+            estimates = estimator.estimate(batch)
+            seconds = time.perf_counter() - begin
+            total = int(batch["audio_length"].sum())
+            for row, (index, estimate) in enumerate(zip(indices, estimates, strict=True)):
+                if batch["name"][row] in self.done:
+                    continue
+                if self.folder is not None:
+                    _save(self.folder / f"{batch['name'][row]}.wav", estimate, self.data.sample_rate)
+                spent = seconds * int(batch["audio_length"][row]) / total if estimator.is_timed else None
+                yield self._estimated(estimator, batch, row, estimate, self.facts[index], spent, listener)
+
+    def _estimated(
+        self,
+        estimator: Estimator,
+        batch: TrialBatch,
+        row: int,
+        estimate: Float[np.ndarray, "_samples"],
+        facts: TrialFacts,
+        seconds: float | None,
+        listener: Listener | None,
+    ) -> EstimatedTrial:
+        name, length, rate = batch["name"][row], int(batch["audio_length"][row]), self.data.sample_rate
+        target, mixture = batch["target"][row, :length].numpy(), batch["audio"][row, :length].numpy()
+        enrollment = batch["ref"][row, : int(batch["ref_length"][row])].numpy()
+        heard = Heard(name, estimate, target, mixture, enrollment, rate)
+        presence = None if estimator.presence is None else estimator.presence(mixture, estimate)
+        return EstimatedTrial(
+            name,
+            estimate,
+            target,
+            mixture,
+            facts,
+            len(enrollment) / rate,
+            _hash_audio(batch, row, rate),
+            None if seconds is None else round(seconds, 6),
+            None if listener is None else listener(heard),
+            None if presence is None else presence.score_db,
+            None if presence is None else presence.is_present,
+        )
 
 
 def _save(path: Path, estimate: Float[np.ndarray, "_samples"], sample_rate: int) -> None:

@@ -22,7 +22,8 @@ from onevoice.extraction.discovery import RATE, FoundVoice, embed_stretches, fin
 from onevoice.extraction.extractor import Extractor, check_enrollment, load, mix_down
 from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice
-from onevoice.streams import PIPE, open_source
+from onevoice.files import as_address, local_copy
+from onevoice.streams import is_here, open_source
 
 SAME_PERSON = 0.4
 """A recording whose median similarity to the others is below this comes from another person.
@@ -88,6 +89,10 @@ def parse_place(spec: Spec) -> Place:
         if match := _NUMBER.fullmatch(text):
             if int(match["number"]) < 1:
                 raise ConfigError(f"{text}: voices are counted from 1")
+            if as_address(match["path"]):
+                raise ConfigError(
+                    f"{text}: a numbered voice needs a file of this machine; name a stretch of it instead"
+                )
             return Place(text, match["path"], number=int(match["number"]))
     return Place(text, text)
 
@@ -118,9 +123,9 @@ def as_places(voice: Spec | Sequence[Spec]) -> list[Place]:
 def check_voice(voice: Spec | Sequence[Spec]) -> None:
     """Look at the files of a voice without decoding them. Raises `AudioError` and others."""
     for place in as_places(voice):
-        if place.is_saved:
+        if place.is_saved and is_here(place.path):
             load_voice(place.path)
-        elif place.path != PIPE:
+        elif is_here(place.path):
             with open_source(place.path):
                 pass
 
@@ -133,7 +138,8 @@ def enroll_files(extractor: Extractor, voice: Spec | Sequence[Spec]) -> Voice:
     """
     places = as_places(voice)
     if places[0].is_saved:
-        return load_voice(places[0].path, extractor.model_hash)
+        with local_copy(places[0].path) as path:
+            return load_voice(path, extractor.model_hash)
     sounds = [read_place(place) for place in places]
     for sound in sounds:
         check_enrollment(sound.samples, sound.sample_rate, sound.name)

@@ -1,23 +1,28 @@
-"""Many recordings: which files, one voice or several, and the work spread over processes."""
+"""Many recordings: which files, one voice or several, and the work spread over processes or a cluster."""
 
+import contextlib
 import functools
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as section
 
 from onevoice.config import STRICT, from_dict, refuse_nul
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.enrollment import as_places, enroll_files
-from onevoice.extraction.extractor import Extractor
-from onevoice.extraction.recording import Channel, Extraction, check_files, extract_file
+from onevoice.extraction.extractor import Extractor, load
+from onevoice.extraction.recording import Channel, Extraction, check_files, extract_file, parse_absent, parse_channel
 from onevoice.extraction.voice import Voice
-from onevoice.processes import ordered_map
+from onevoice.files import as_address, exists, local_copy, local_name
+from onevoice.processes import Cluster, Workers, ordered_map
 from onevoice.streams import PIPE, check_outputs
 
 PATTERN_SIGNS = "*?["
@@ -98,39 +103,48 @@ def jobs_for(mixtures: Sequence[str], voice: str | tuple[str, ...], out: str, re
     ]
 
 
-def read_jobs(path: Path) -> list[Job]:
+def read_jobs(name: str | Path) -> list[Job]:
     """Read a job list in JSON Lines, one `Job` per line; relative names start at its folder. Raises `ConfigError`."""
     jobs = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with local_copy(name) as path:
+            lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+        raise ConfigError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: line {number} is not JSON ({error}); write one object per line") from error
+            raise ConfigError(f"{name}: line {number} is not JSON ({error}); write one object per line") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: line {number} is not an object; write {{}} with mixture, voice and output")
-        refuse_nul(values, f"{path}: line {number}")
-        job = from_dict(Job, values, name=f"{path}: line {number}")
-        jobs.append(_below(job, path.parent))
+            raise ConfigError(f"{name}: line {number} is not an object; write {{}} with mixture, voice and output")
+        refuse_nul(values, f"{name}: line {number}")
+        jobs.append(_below(from_dict(Job, values, name=f"{name}: line {number}"), name))
     if not jobs:
-        raise ConfigError(f"{path}: holds no jobs; write one object per line")
+        raise ConfigError(f"{name}: holds no jobs; write one object per line")
     return jobs
 
 
-def _below(job: Job, folder: Path) -> Job:
-    """Return the job with its names relative to `folder`."""
-    voices = (job.voice,) if isinstance(job.voice, str) else job.voice
-    placed = tuple(str(folder / voice) for voice in voices)
+def _below(job: Job, list_name: str | Path) -> Job:
+    """Return the job with its names relative to the folder of the list, here or at an address."""
+    address = as_address(list_name)
+
+    def place(name: str) -> str:
+        name = local_name(name)
+        if as_address(name):
+            return name
+        if address is None:
+            return str(Path(list_name).parent / name)
+        scheme, path = address.split("://")
+        return f"{scheme}://{posixpath.normpath(posixpath.join(posixpath.dirname(path), name))}"
+
     return Job(
-        str(folder / job.mixture),
-        placed[0] if isinstance(job.voice, str) else placed,
-        str(folder / job.output),
-        *(None if name is None else str(folder / name) for name in (job.residual, job.timeline, job.report)),
+        place(job.mixture),
+        place(job.voice) if isinstance(job.voice, str) else tuple(map(place, job.voice)),
+        place(job.output),
+        *(None if name is None else place(name) for name in (job.residual, job.timeline, job.report)),
     )
 
 
@@ -144,22 +158,33 @@ def check_jobs(jobs: Sequence[Job], settings: Settings) -> None:
             job.mixture, job.voice, job.output, job.residual, job.timeline, job.report,
             channel=settings.channel, force=settings.force,
         )  # fmt: skip
+    if not settings.force:
+        addresses = [address for name in outputs if name is not None and (address := as_address(name))]
+        with ThreadPoolExecutor(32) as pool:
+            for address, is_there in zip(addresses, pool.map(exists, addresses), strict=True):
+                if is_there:
+                    raise ConfigError(f"{address}: exists; choose another name, or overwrite it with --force")
 
 
 def run_jobs(
     jobs: Sequence[Job],
     load: Callable[[], Extractor],
     settings: Settings,
-    workers: int = 1,
+    workers: Workers = 1,
     report: Callable[[float], None] | None = None,
 ) -> Iterator[Extraction | Failure]:
     """Do the jobs and yield what became of each, in order. A job that fails does not stop the others.
 
     Each of the `workers` processes loads the network once, so `load` must be picklable. `report` gets the share that is
-    done of the current job; with several processes nothing is reported in between.
+    done of the current job; with several processes nothing is reported in between. On a cluster, call `check_jobs`
+    first: a job whose worker was lost is done again, and replaces what that worker may have written.
     """
+    if isinstance(workers, Cluster):
+        settings = replace(settings, force=True)
     make_work = functools.partial(_start, load, settings, report if workers == 1 else None)
-    yield from ordered_map(make_work, jobs, min(workers, len(jobs)))
+    results = ordered_map(make_work, jobs, workers, lambda job, why: Failure(job, f"{job.mixture}: {why}"))
+    with contextlib.closing(results):
+        yield from results
 
 
 def _start(
@@ -189,3 +214,49 @@ def _start(
             return Failure(job, str(error))
 
     return work
+
+
+@dataclass(frozen=True)
+class ExtractBatch:
+    """Extracts voices for batches of rows, as a plain callable that can be pickled: for Ray Data and the like.
+
+        rows.map_batches(ExtractBatch, fn_constructor_kwargs={"checkpoint": "NAME"}, concurrency=4)
+
+    A batch maps the columns of a job list (mixture, voice, output, …) to sequences of names. The result has these
+    columns, the `seconds` of each recording, and its `error`, which is empty if there was none. The network is loaded
+    at the first batch, and each voice is computed once. Outputs that exist are replaced only with `force`.
+    """
+
+    checkpoint: str | None = None
+    """Weights as for `extractor.load`."""
+    channel: str = "mean"
+    absent: str = "keep"
+    """What to do where the voice is not heard, as --absent: keep, mute, or a number of dB."""
+    force: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+
+    @functools.cached_property
+    def _work(self) -> Callable[[Job], Extraction | Failure]:
+        settings = Settings(parse_channel(self.channel), self.force, parse_absent(self.absent))
+        return _start(functools.partial(load, self.checkpoint, None, self.device, self.precision), settings, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the network."""
+        return {name: value for name, value in vars(self).items() if name != "_work"}
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Do the job of each row. Raises `ConfigError` for rows that are no jobs."""
+        columns = {name: [_plain(value) for value in values] for name, values in batch.items()}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        results = [self._work(from_dict(Job, row, name=f"row {number}")) for number, row in enumerate(rows)]
+        return {
+            **batch,
+            "seconds": np.array([0.0 if isinstance(result, Failure) else result.seconds for result in results]),
+            "error": np.array([result.message if isinstance(result, Failure) else "" for result in results]),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a column as plain Python: Ray's columns are NumPy arrays, also inside."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

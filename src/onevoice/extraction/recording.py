@@ -28,8 +28,8 @@ from onevoice.extraction.presence import TIMELINES, Presence, join, write_timeli
 from onevoice.extraction.report import extraction_report
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Spool, fill_spools, make_plan
-from onevoice.files import atomic_write, storage_errors
-from onevoice.streams import PIPE, Source, check_outputs, keeps_peaks, open_source, write_together
+from onevoice.files import as_address, atomic_write, exists, storage_errors
+from onevoice.streams import PIPE, Source, check_outputs, is_here, keeps_peaks, open_source, write_together
 
 Channel = int | Literal["mean", "each"]
 """A channel counted from 1, their average, or each one by itself."""
@@ -102,6 +102,9 @@ def extract_file(
     """
     begin = time.perf_counter()
     _check_names(mixture, voice, output, residual, timeline, page, force)
+    for address in [] if force else [as_address(each) for each in (output, residual) if each is not None]:
+        if address is not None and exists(address):
+            raise ConfigError(f"{address}: exists; choose another name, or overwrite it with --force")
     if absent_db or timeline is not None:
         extractor.require_level()
     with contextlib.ExitStack() as stack:
@@ -109,7 +112,7 @@ def extract_file(
         _require_channel(source, channel)
         if not isinstance(voice, Voice):
             voice = enroll_files(extractor, voice)
-        folder = None if str(output) == PIPE else _make_folder(Path(output))
+        folder = _make_folder(Path(output)) if is_here(output) else None
         spools, samples, channel, notes = _hear(source, channel, extractor.sample_rate, folder, stack)
         paths = _estimate_paths(extractor, source, voice, output, channel, spools)
         estimates = [stack.enter_context(Spool(folder, path)) for path in paths]
@@ -146,11 +149,11 @@ def check_files(
     channel: Channel = "mean",
     force: bool = False,
 ) -> None:
-    """Look at inputs and outputs before long work; standard input is left alone. Raises what `extract_file` does."""
+    """Look at inputs and outputs before long work, as far as they are here. Raises what `extract_file` does."""
     if not isinstance(voice, Voice):
         check_voice(voice)
     _check_names(mixture, voice, output, residual, timeline, page, force)
-    if str(mixture) != PIPE:
+    if is_here(mixture):
         with open_source(mixture) as source:
             _require_channel(source, channel)
 
@@ -265,7 +268,7 @@ def _estimate_paths(
     The name depends on everything that the estimate depends on, so that only the same command finds it.
     """
     plan = make_plan(extractor.card.config, spools[0].samples)
-    if plan.count == 1 or PIPE in (str(output), source.name) or source.name == "standard input":
+    if plan.count == 1 or not is_here(output) or not is_here(source.name) or source.name == "standard input":
         return [None] * len(spools)
     status = source.path.stat()
     identity = [

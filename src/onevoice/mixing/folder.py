@@ -15,7 +15,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -26,15 +26,20 @@ from onevoice.audio import Mono, write_audio
 from onevoice.errors import CorpusError
 from onevoice.files import (
     Row,
+    Shard,
     append_whole,
     atomic_write,
+    lock,
+    require_unlocked,
+    shard_path,
+    shard_paths,
     sole_writer,
     storage_errors,
     to_json,
     to_json_lines,
     whole_rows,
 )
-from onevoice.processes import ordered_map
+from onevoice.processes import Workers, ordered_map
 
 SETTINGS = "mixture.json"
 MANIFEST = "manifest.jsonl"
@@ -101,25 +106,32 @@ def write_trials(
     settings: Row,
     start: Callable[[], MakeTrial],
     counts: Counts,
-    workers: int,
+    workers: Workers,
     update_steps: int = 10,
+    shard: Shard | None = None,
 ) -> None:
     """Write `settings["trials"]` trials to `folder`, or those that an interrupted run left, and count all of them.
 
     `start()` returns in each process the function that makes a trial. In a terminal, a progress bar moves every
     `update_steps` trials. The finished `counts` become the summary in `mixture.json`.
 
+    A `shard` writes and counts its own trials only, and lists them in files of its own, as manifest.I-of-N.jsonl. The
+    run without a shard takes them over, makes what is missing, and leaves the folder as if there were no shards.
+
     Raises `CorpusError` when the folder holds another run, `StorageError` when it cannot be written.
     """
-    with sole_writer(folder):
+    with sole_writer(folder, shard=shard):
         open_folder(folder, settings)
+        indices = range(settings["trials"])
+        make_writer = functools.partial(TrialWriter, folder, start)
         outcomes = _all_outcomes(
-            folder, settings["trials"], functools.partial(TrialWriter, folder, start), workers, update_steps
+            folder, indices if shard is None else shard.of(indices), make_writer, workers, update_steps, shard
         )
         with contextlib.closing(outcomes):
             for outcome in outcomes:
                 counts.add(outcome)
-        close_folder(folder, settings, asdict(counts))
+        if shard is None:
+            close_folder(folder, settings, asdict(counts))
 
 
 def open_folder(folder: Path, settings: Row) -> None:
@@ -146,20 +158,28 @@ def open_folder(folder: Path, settings: Row) -> None:
 
 
 def close_folder(folder: Path, settings: Row, summary: Row) -> None:
-    """Record the summary of a complete run and remove half-written files of killed processes."""
+    """Record the summary of a complete run; remove lists of shards, and half-written files of killed processes."""
     for suffix in SUFFIXES.values():
         for leftover in folder.glob(f".*{suffix}.wav.*.part"):
             leftover.unlink(missing_ok=True)
+    for part in [*shard_paths(folder / MANIFEST), *shard_paths(folder / SKIPPED)]:
+        part.unlink(missing_ok=True)
     atomic_write(folder / SETTINGS, to_json({**settings, "summary": summary}))
 
 
 def recover(folder: Path) -> dict[int, Outcome]:
-    """Return the complete trials in `folder`: all rows are there, and all files have the size in their row."""
+    """Return the complete trials in `folder`: all rows are there, and all files have the size in their row.
+
+    The lists of shards count, too; a trial in two lists is taken from the last.
+    """
     outcomes: dict[int, Outcome] = {}
-    for row in _valid_rows(folder / MANIFEST):
-        outcomes.setdefault(row["index"], Outcome(row["index"])).rows.append(row)
-    for row in _valid_rows(folder / SKIPPED):
-        outcomes.setdefault(row["index"], Outcome(row["index"])).skipped.append(row)
+    for manifest in [*shard_paths(folder / MANIFEST), folder / MANIFEST]:
+        found: dict[int, Outcome] = {}
+        for row in _valid_rows(manifest, MANIFEST):
+            found.setdefault(row["index"], Outcome(row["index"])).rows.append(row)
+        for row in _valid_rows(manifest.with_name(manifest.name.replace("manifest", "skipped")), SKIPPED):
+            found.setdefault(row["index"], Outcome(row["index"])).skipped.append(row)
+        outcomes |= found
     return {index: outcome for index, outcome in outcomes.items() if _is_complete(folder, outcome)}
 
 
@@ -183,48 +203,59 @@ class TrialWriter:
 
 
 def _all_outcomes(
-    folder: Path, count: int, start: Callable[[], Callable[[int], Outcome]], workers: int, update_steps: int
+    folder: Path,
+    indices: Sequence[int],
+    start: Callable[[], Callable[[int], Outcome]],
+    workers: Workers,
+    update_steps: int,
+    shard: Shard | None,
 ) -> Generator[Outcome, None, None]:
     """Yield the outcome of every trial in order; make and record those that are not yet in `folder`."""
     done = recover(folder)
-    missing = [index for index in range(count) if index not in done]
-    first = missing[0] if missing else count
+    missing = [index for index in indices if index not in done]
+    first = indices.index(missing[0]) if missing else len(indices)
     with (
-        contextlib.closing(ordered_map(start, missing, min(workers, max(len(missing), 1)))) as made,
-        _appending(folder, [done[index] for index in range(first)]) as append,
+        contextlib.closing(ordered_map(start, missing, workers, _set_aside)) as made,
+        _appending(folder, [done[index] for index in indices[:first]], shard) as append,
         tqdm(
             desc=str(folder),
-            total=count,
-            initial=count - len(missing),
+            total=len(indices),
+            initial=len(indices) - len(missing),
             unit="trial",
             disable=None,  # without a terminal
             miniters=update_steps,
             mininterval=0,
         ) as bar,
     ):
-        for index in range(count):
+        for place, index in enumerate(indices):
             outcome = done[index] if index in done else next(made)
-            if index >= first:
+            if place >= first:
                 append(outcome)
             bar.update(index not in done)
             yield outcome
 
 
+def _set_aside(index: int, reason: str) -> Outcome:
+    """Return the outcome of a trial that took down its workers."""
+    return Outcome(index, skipped=[{"index": index, "reason": GIVEN_UP, "detail": reason}])
+
+
 @contextlib.contextmanager
-def _appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome], None]]:
+def _appending(folder: Path, kept: list[Outcome], shard: Shard | None) -> Iterator[Callable[[Outcome], None]]:
     """Cut the two lists back to the trials `kept`, and yield a function that appends one more trial.
 
     Raises `StorageError` when the disk is full.
     """
-    for name, rows in (
-        (SKIPPED, [row for outcome in kept for row in outcome.skipped]),
-        (MANIFEST, [row for outcome in kept for row in outcome.rows]),
-    ):
-        atomic_write(folder / name, to_json_lines(rows))
+    paths = [shard_path(folder / name, shard) for name in (SKIPPED, MANIFEST)]
+    require_unlocked(paths[1])
+    atomic_write(paths[0], to_json_lines(row for outcome in kept for row in outcome.skipped))
+    atomic_write(paths[1], to_json_lines(row for outcome in kept for row in outcome.rows))
     with contextlib.ExitStack() as stack:
-        with storage_errors(folder / MANIFEST):
-            skipped = stack.enter_context((folder / SKIPPED).open("ab", buffering=0))
-            manifest = stack.enter_context((folder / MANIFEST).open("ab", buffering=0))
+        with storage_errors(paths[1]):
+            skipped, manifest = (stack.enter_context(path.open("ab", buffering=0)) for path in paths)
+
+        if shard is not None:
+            lock(manifest.fileno(), paths[1])
 
         def append(outcome: Outcome) -> None:
             append_whole(skipped, to_json_lines(outcome.skipped))
@@ -233,9 +264,9 @@ def _appending(folder: Path, kept: list[Outcome]) -> Iterator[Callable[[Outcome]
         yield append
 
 
-def _valid_rows(path: Path) -> Iterator[Row]:
-    """Yield the complete rows of a list up to the first that does not describe a trial."""
-    return itertools.takewhile(functools.partial(_has_fields, FIELDS[path.name]), whole_rows(path))
+def _valid_rows(path: Path, kind: str) -> Iterator[Row]:
+    """Yield the complete rows of a list of a kind up to the first that does not describe a trial."""
+    return itertools.takewhile(functools.partial(_has_fields, FIELDS[kind]), whole_rows(path))
 
 
 def _has_fields(fields: dict[str, type], row: Row) -> bool:

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from onevoice.corpus.recordings import Recording
 from onevoice.errors import ConfigError, CorpusError
-from onevoice.files import Row
+from onevoice.files import Row, Shard
 from onevoice.mixing.folder import GIVEN_UP, MadeMixture, MadeTrial, Outcome, write_trials
 from onevoice.mixing.law import (
     SILENT_FILE,
@@ -33,6 +33,7 @@ from onevoice.mixing.law import (
     load_utterance,
     render_trial,
 )
+from onevoice.processes import Cluster, Workers
 
 LAW_VERSION = 1
 MAX_ATTEMPTS = 100
@@ -129,23 +130,26 @@ class MixtureGenerator:
     def generate_mixes(
         self,
         snr_levels: Sequence[int | float] = (0, 5),
-        num_workers: int = 2,
+        num_workers: Workers = 2,
         update_steps: int = 10,
         trim_db: int | float | None = None,
         vad_db: int | float | None = 20,
         audioLen: int | float = 3,  # noqa: N803 - the name of the original system
+        *,
+        shard: Shard | None = None,
     ) -> MixingSummary:
         """Write all trials to the folder, or those that an interrupted run left, and return the counts.
 
         Each trial draws one of `snr_levels` in dB, all equally likely. `num_workers` processes do the work. In a
         terminal, a progress bar on standard error moves every `update_steps` trials. For `trim_db` and `vad_db` see
         `MixingLaw`. Segments have `audioLen` seconds. Broken and silent files are skipped and named in the summary.
+        With `shard`, only its trials are written (`mixing.folder.write_trials`).
 
         Raises `CorpusError` when the folder holds a run with other settings or nothing could be mixed,
         `StorageError` when the disk is full, `ConfigError` for values out of range.
         """
         for name, value in (("num_workers (--workers)", num_workers), ("update_steps", update_steps)):
-            if value < 1:
+            if not isinstance(value, Cluster) and value < 1:
                 raise ConfigError(f"{name}: {value} must be 1 or more")
         law = MixingLaw(
             sample_rate=self.sample_rate,
@@ -157,9 +161,9 @@ class MixtureGenerator:
         )
         root = _common_folder(self.speakers)
         start = functools.partial(TrialMaker, self.speakers, root, law, self.seed)
-        summary = MixingSummary(self.count)
-        write_trials(self.folder, self._settings(law, root), start, summary, num_workers, update_steps)
-        if not summary.mixtures:
+        summary = MixingSummary(self.count if shard is None else len(shard.of(range(self.count))))
+        write_trials(self.folder, self._settings(law, root), start, summary, num_workers, update_steps, shard)
+        if shard is None and not summary.mixtures:
             raise CorpusError(f"{root}: no mixture could be made; {summary}")
         return summary
 

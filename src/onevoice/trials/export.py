@@ -8,7 +8,9 @@ from pathlib import Path
 
 from onevoice.audio import probe_audio
 from onevoice.errors import ConfigError
+from onevoice.files import Shard
 from onevoice.mixing.folder import MadeMixture, MadeTrial, Outcome, write_trials
+from onevoice.processes import Workers
 from onevoice.trials.config import FolderTrials, LibriMixMetadataTrials, LibriMixTrials, TrialsConfig, Wsj0Trials
 from onevoice.trials.reading import load_trial, open_trials, to_record
 from onevoice.trials.trial import Trial, TrialAudio, TrialList
@@ -36,12 +38,18 @@ class ExportSummary:
 
 
 def export_trials(
-    config: TrialsConfig, out: str | Path, *, sample_rate: int | None = None, workers: int = 1
+    config: TrialsConfig,
+    out: str | Path,
+    *,
+    sample_rate: int | None = None,
+    workers: Workers = 1,
+    shard: Shard | None = None,
 ) -> ExportSummary:
     """Write a set of trials to `out` as NAME-mixed.wav, NAME-target.wav, NAME-ref.wav and manifest.jsonl.
 
     Files are 16-bit WAV at `sample_rate` in Hz, by default that of the data set (for a folder, of its first mixture).
-    LibriMix keeps every bit of its files. An interrupted run resumes where it stopped.
+    LibriMix keeps every bit of its files. An interrupted run resumes where it stopped. With `shard`,
+    only its trials are written.
 
     Raises what `open_trials` raises, `ConfigError` for a set that cuts its trials, `AudioError` for a file that cannot
     be decoded, `CorpusError` if `out` holds another run, and `StorageError` if it cannot be written.
@@ -61,7 +69,7 @@ def export_trials(
     }
     summary = ExportSummary(0, 0.0, opened.left_out, opened.notes)
     start = functools.partial(TrialCopier, opened.trials, roots, rate)
-    write_trials(out, settings, start, summary, workers)
+    write_trials(out, settings, start, summary, workers, shard=shard)
     return summary
 
 
