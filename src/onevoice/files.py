@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError, OnevoiceError, StorageError
 
@@ -340,15 +340,14 @@ def upload(path: Path, address: str) -> None:
         system.put_file(str(path), place)
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file, here or elsewhere, to read any part of it. Raises `AudioError` for one elsewhere."""
+def open_bytes(path: Path) -> Any:
+    """Open a file, here or elsewhere, as a stream of bytes with any position. Raises `AudioError` for one elsewhere."""
     address = as_address(path)
     if address is None:
         return path.open("rb")
     system, place = connect(address)
     with _transfer(address, AudioError, "read"):
-        opened: IO[bytes] = system.open(place, "rb")
-    return opened
+        return system.open(place, "rb")
 
 
 def read_range(path: Path, first: int, size: int) -> bytes:

@@ -238,13 +238,13 @@ def check_outputs(
     """
     given: dict[FileKey, Path] = {}
     seen: set[FileKey] = set()
-    inputs, wanted = list(inputs), [output for output in outputs if output is not None and str(output) != PIPE]
-    check_addresses(inputs, wanted)
+    inputs, asked = list(inputs), [output for output in outputs if output is not None and str(output) != PIPE]
+    check_addresses(inputs, asked)
     for path in map(Path, filter(is_here, inputs)):
         given |= dict.fromkeys(_same_file_keys(path)[0], path)
-    for output in wanted:
-        _require_writable_format(Path(output) if as_address(output) else _as_path(output))
-    sounds = [Path(output) for output in wanted if is_here(output)]
+    for each in asked:
+        _require_writable_format(Path(each) if as_address(each) else _as_path(each))
+    sounds = [Path(each) for each in asked if is_here(each)]
     for path in [*sounds, *(_as_path(text) for text in texts if text is not None)]:
         with storage_errors(path):
             stored, wanted = _same_file_keys(path)

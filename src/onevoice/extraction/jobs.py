@@ -133,7 +133,7 @@ def _below(job: Job, list_name: str | Path) -> Job:
 
     def place(name: str) -> str:
         name = local_name(name)
-        if as_address(name):
+        if as_address(name) or Path(name).is_absolute():
             return name
         if address is None:
             return str(Path(list_name).parent / name)
@@ -245,7 +245,7 @@ class ExtractBatch:
         """Return everything but the network."""
         return {name: value for name, value in vars(self).items() if name != "_work"}
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, Any]:
         """Do the job of each row. Raises `ConfigError` for rows that are no jobs."""
         columns = {name: [_plain(value) for value in values] for name, values in batch.items()}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
