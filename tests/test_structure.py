@@ -56,6 +56,8 @@ DOORS = {
     "pipecat": {"extraction.pipecat"},
     "livekit": {"extraction.livekit"},
     "cyclopts": {"cli"},
+    "ray": {"processes"},
+    "fsspec": {"files"},
 }
 """The modules that may import a foreign library."""
 

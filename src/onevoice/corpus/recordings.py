@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from onevoice.audio import Mono, decode_audio, probe_audio, require_file
 from onevoice.errors import AudioError, CorpusError
@@ -151,7 +151,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _has_end_mark(shard: IO[bytes], offset: int) -> bool:
+def _has_end_mark(shard: Any, offset: int) -> bool:
     """Check whether the end mark of a tar, a block of zeros, is at `offset`."""
     shard.seek(offset)
     return shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
