@@ -60,8 +60,7 @@ class Cluster:
     """GPUs for each worker."""
 
 
-Workers = int | Cluster
-"""A number of processes on this machine, or a cluster."""
+Workers = int | Cluster  # processes on this machine, or a cluster
 
 
 def choose_workers(
@@ -215,18 +214,17 @@ class _Piece:
     """An item on its way through a cluster."""
 
     def __init__(self, item: Any) -> None:
-        self.item, self.losses, self.is_done = item, 0, False
-        self.result: Any = None
+        self.item, self.losses, self.is_done, self.result = item, 0, False, None
         self.error: Exception | None = None
 
     def set_aside(self, make_result: Callable[[Any, str], Any] | None) -> None:
         """Settle a piece that took down too many workers."""
         self.is_done = True
         reason = f"took down its worker {TRIES} times (out of memory, or a crash)"
-        if make_result is None:
-            self.error = WorkerError(f"{str(self.item)[:100]}: {reason}")
-        else:
+        if make_result is not None:
             self.result = make_result(self.item, reason)
+        else:
+            self.error = WorkerError(f"{str(self.item)[:100]}: {reason}")
 
     def outcome(self) -> Any:
         """Return the result, or raise the error."""
@@ -247,9 +245,9 @@ class _RemoteWorker:
             os.chdir(folder)
         try:
             self.work = make_work()
+            return None, None
         except OnevoiceError as error:
             return None, error
-        return None, None
 
     def do(self, item: Any) -> tuple[Any, OnevoiceError | None]:
         """Do one item."""
@@ -297,7 +295,7 @@ class _Crew:
             self._replace(worker, piece, loss)
             return piece
         if piece is None and error is not None:
-            raise error
+            raise error if isinstance(error, OnevoiceError) else _cannot_start(error)
         self.idle.append(worker)
         self._failed_starts = 0
         if piece is not None:
@@ -312,7 +310,7 @@ class _Crew:
         if piece is None:
             self._failed_starts += 1
             if self._failed_starts >= TRIES * self.size:
-                raise WorkerError(f"no worker of the cluster can start ({str(loss).splitlines()[0]})")
+                raise _cannot_start(loss)
         elif not getattr(loss, "preempted", False):
             piece.losses += 1
         self.ray.kill(worker)  # if it can only not be reached
@@ -337,8 +335,7 @@ def _map_on_cluster(
     with _connection(ray, cluster):
         size = _size_of(ray, cluster)
         crew = _Crew(ray, make_work, min(size, len(items)) if isinstance(items, Sized) else size, cluster.gpus)
-        ordered: deque[_Piece] = deque()
-        waiting: deque[_Piece] = deque()
+        ordered, waiting = deque[_Piece](), deque[_Piece]()
         try:
             while True:
                 ahead = ITEMS_PER_WORKER * crew.size - len(ordered)
@@ -359,6 +356,11 @@ def _map_on_cluster(
                     yield ordered.popleft().outcome()
         finally:
             crew.dismiss()
+
+
+def _cannot_start(error: Exception) -> WorkerError:
+    last = str(error).strip().splitlines()[-1]
+    return WorkerError(f"a worker of the cluster cannot start ({last}); is the same onevoice on all its machines?")
 
 
 def _import_ray() -> Any:

@@ -154,4 +154,4 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _has_end_mark(shard: Any, offset: int) -> bool:
     """Check whether the end mark of a tar, a block of zeros, is at `offset`."""
     shard.seek(offset)
-    return shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    return bool(shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE))
