@@ -87,7 +87,7 @@ def main() -> None:
     import ray
 
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests"), os.environ.get("PYTHONPATH", "")]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     begin = time.perf_counter()
     ray.init("local", num_cpus=options.workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     print(f"starting a local cluster: {time.perf_counter() - begin:.1f} s", flush=True)

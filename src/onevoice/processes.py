@@ -1,8 +1,7 @@
 """Processes: work spread over several of them or over a Ray cluster, requests to stop, the memory that one keeps.
 
-Worker processes are spawned, so they inherit no threads or open files, and the work must be importable. They end when
-their parent ends, even if it was killed. Their numerical libraries use one thread each, because the workers already
-keep every core busy.
+Workers are spawned, so they inherit no threads or open files, and the work must be importable. They end when their
+parent ends, even if it was killed. Their numerical libraries use one thread each, as the workers keep all cores busy.
 """
 
 import contextlib
@@ -237,7 +236,7 @@ class _RemoteWorker:
     """What runs in a process of the cluster. Errors of the user are results, since Ray adds a traceback to errors."""
 
     def __init__(self) -> None:
-        os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))  # before the work and its libraries are loaded
+        os.environ |= dict.fromkeys(THREAD_LIMITS, "1")  # before the work and its libraries are loaded
 
     def start(self, folder: str, make_work: Callable[[], Callable[[Any], Any]]) -> tuple[None, OnevoiceError | None]:
         """Go to the folder of the command, if it is there too, and load what the work needs."""
@@ -377,13 +376,14 @@ def _connection(ray: Any, cluster: Cluster) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use to its makers by default
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness"):  # by default, it reports home, and yields to all
+        os.environ.setdefault(name, "0")
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    options = {"num_cpus": cluster.workers, "include_dashboard": False} if address == "local" else {}
+    own = {"num_cpus": cluster.workers, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, logging_level="ERROR", log_to_driver=False, **options)
+        ray.init(address, logging_level="ERROR", log_to_driver=False, **own)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConfigError(f"--address: {address}: is no Ray cluster that answers ({reason})") from error
     try:
         yield
