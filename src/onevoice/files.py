@@ -1,4 +1,4 @@
-"""Writing files so that a file is complete once it has its name, rows of JSON, and what kind of file a file is.
+"""Writing files so that a file is complete once it has its name, checksums, rows of JSON, and what a file is.
 
 Files elsewhere have an address, such as s3://bucket/name; fsspec and its libraries transfer them. Work that is shared
 by several commands is split into shards, and each keeps its rows in a file of its own beside those of the whole.
@@ -6,6 +6,7 @@ by several commands is split into shards, and each keeps its rows in a file of i
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -145,6 +146,39 @@ def to_json_lines(rows: Iterable[Row]) -> bytes:
 def to_json(values: Row) -> bytes:
     """Return a JSON object as indented text."""
     return json.dumps(values, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def checksum(values: Row, content: bytes | memoryview = b"") -> str:
+    """Return the SHA-256 of a JSON object, whatever the order of its keys, and of the bytes that belong to it."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    digest.update(content)
+    return digest.hexdigest()
+
+
+CHECKSUM_KEY = "onevoice_sha256"
+"""The metadata of a `.safetensors` file that holds the checksum of all the rest."""
+
+
+def join_tensors(header: Row, content: bytes | memoryview) -> bytes:
+    """Return the bytes of a `.safetensors` file, with its checksum, from its header and the bytes of its tensors."""
+    metadata = {**header["__metadata__"], CHECKSUM_KEY: checksum(header, content)}
+    text = json.dumps({**header, "__metadata__": metadata}).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+    return b"".join([len(text).to_bytes(8, "little"), text, content])
+
+
+def split_tensors(data: bytes) -> tuple[Row, memoryview]:
+    """Return the header of a `.safetensors` file, without its checksum, and the bytes of its tensors.
+
+    Raises `ValueError` if they differ from the checksum; files of other programs, and older ones, have none.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, content = json.loads(data[8:end]), memoryview(data)[end:]
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    expected = metadata.pop(CHECKSUM_KEY, None) if isinstance(metadata, dict) else None
+    if expected is not None and expected != checksum(header, content):
+        raise ValueError("its content differs from its checksum")
+    return header, content
 
 
 KINDS = (

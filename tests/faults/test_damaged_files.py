@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from tiny import ROOT, command
 
 from onevoice.cli import main
-from onevoice.corpus.pack import PackedCorpus
-from onevoice.errors import CorpusError
-from onevoice.extraction.checkpoint import load_tensors, read_metadata
+from onevoice.corpus.pack import CHECKSUM, Header, PackedCorpus
+from onevoice.errors import CorpusError, OnevoiceError
+from onevoice.extraction.checkpoint import Card, load_checkpoint, load_tensors
+from onevoice.extraction.pickled import load_pickled
+from onevoice.extraction.voice import Voice, load_voice
+from onevoice.files import CHECKSUM_KEY
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz
@@ -44,7 +47,9 @@ def check_refused(capsys: pytest.CaptureFixture[str], words: str, *complaints: s
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a file as a program would that knows nothing of its checksum."""
     values = json.loads(path.read_text())
+    values.pop(CHECKSUM, None)
     change(values)
     path.write_text(json.dumps(values))
 
@@ -77,6 +82,70 @@ def test_every_flipped_byte_of_an_index_is_found(home: Path) -> None:
             PackedCorpus.open(home / "pack")
 
 
+def plain(value: object) -> object:
+    """Return what a file holds, in a form in which equal means equal to the bit."""
+    match value:
+        case torch.Tensor():
+            return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+        case dict():
+            return {name: plain(each) for name, each in value.items()}
+        case list() | tuple():
+            return [plain(each) for each in value]
+        case Card():
+            return value.to_json()
+        case Voice():
+            return [plain(value.embedding), value.model_hash, value.sources, value.check_up]
+    return value
+
+
+def load_header(path: Path) -> object:
+    """Return what opening a pack takes from `pack.json`."""
+    header = PackedCorpus.open(path.parent).header
+    return {name: header[name] for name in Header.__dataclass_fields__}
+
+
+LOADS: dict[str, tuple[str, int, Callable[[Path], object]]] = {
+    "checkpoint": ("tiny.safetensors", 397, load_checkpoint),
+    "voice": ("v.voice", 3, load_voice),
+    "resume file": ("runs/run/last.resume.pt", 797, load_pickled),
+    "header of a pack": ("pack/pack.json", 3, load_header),
+}
+
+
+@pytest.mark.parametrize(("name", "step", "load"), LOADS.values(), ids=list(LOADS))
+def test_a_flipped_bit_is_refused_or_changes_nothing(
+    home: Path, name: str, step: int, load: Callable[[Path], object]
+) -> None:
+    path = home / name
+    data, expected, refused = path.read_bytes(), plain(load(path)), 0
+    places = range(0, len(data), step)
+    assert len(places) > 100
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        try:
+            assert plain(load(path)) == expected, f"byte {place}"
+        except OnevoiceError as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused > 0.9 * len(places)
+
+
+def test_files_without_a_checksum_load(home: Path) -> None:
+    """Those of other programs and of earlier versions."""
+    for name, _, load in LOADS.values():
+        path = home / name
+        before = plain(load(path))
+        if path.suffix == ".pt":
+            torch.save(load(path), path)
+        elif path.suffix == ".json":
+            change_json(path, lambda header: None)
+        else:
+            tensors, metadata = load_tensors(path)
+            save_file(tensors, path, metadata)
+            assert CHECKSUM_KEY.encode() not in path.read_bytes()
+        assert plain(load(path)) == before
+
+
 def test_verify_reads_the_rows_and_the_names(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(home / "pack", home / "other")
     change_json(home / "other" / "pack.json", lambda header: header["speakers"][0].__setitem__(0, "spkOOO"))
@@ -85,6 +154,8 @@ def test_verify_reads_the_rows_and_the_names(home: Path, capsys: pytest.CaptureF
     text = rows.read_text()
     rows.write_text(text.replace('"samples": 1', '"samples": 2', 1))
     check_refused(capsys, f"corpus verify {home}/pack", "utterances.jsonl: has other lengths")
+    rows.write_text(text.replace('.flac"', '.flaC"', 1))
+    check_refused(capsys, f"corpus verify {home}/pack", "utterances.jsonl: differs from its checksum")
     rows.write_text(text.replace("{", "[", 1))
     check_refused(capsys, f"corpus verify {home}/pack", "utterances.jsonl: line 1 is damaged")
 
@@ -114,8 +185,8 @@ def test_resume_files(home: Path, capsys: pytest.CaptureFixture[str], key: str, 
 @pytest.mark.parametrize(("key", "value"), [("model_hash", 7), ("sources", [3]), ("sources", 3)])
 def test_voices(home: Path, capsys: pytest.CaptureFixture[str], key: str, value: object) -> None:
     path = home / "v.voice"
-    about = json.loads(read_metadata(path)["onevoice_voice"])
-    tensors = load_tensors(path)
+    tensors, metadata = load_tensors(path)
+    about = json.loads(metadata["onevoice_voice"])
     use = f"--pretrained {home}/tiny.safetensors"
     save_file(tensors, path, {"onevoice_voice": json.dumps({**about, key: value})})
     if value != [3]:  # a name that is a number does no harm

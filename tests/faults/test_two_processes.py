@@ -1,11 +1,15 @@
 """Two processes on one run folder or one output: the second one ends at once, with one line."""
 
 import multiprocessing
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from tiny import command
-from toy_runs import write_experiment
+from tiny import command, process
+from toy_runs import PATIENCE, write_experiment
 
 from onevoice.errors import ConfigError
 from onevoice.evaluation.journal import Journal
@@ -38,6 +42,25 @@ def test_the_second_writer_is_refused(
         assert [path.name for path in folder.iterdir()] == ["samples.int16"]
     (folder / "samples.int16").unlink()
     assert command(capsys, *words.split()).status == 0
+
+
+def test_two_commands_with_one_output(corpus: Path, tmp_path: Path) -> None:
+    """Two interpreters; the first one is held in the middle of its work, and then killed."""
+    out = tmp_path / "mixed"
+    options = "--count 100000 --segment-seconds 0.5 --workers 1 --sample-rate 8000"
+    words = ["-m", "onevoice", "mix", corpus, out, *options.split()]
+    with subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.DEVNULL) as first:
+        try:
+            end = time.monotonic() + PATIENCE
+            while first.poll() is None and time.monotonic() < end and not (out / "mixture.json").exists():
+                time.sleep(0.01)
+            first.send_signal(signal.SIGSTOP)
+            assert process(words) == (2, "", f"onevoice: error: {out}: {BUSY}\n")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    with sole_writer(out):
+        assert (out / "mixture.json").exists()
 
 
 def test_the_second_evaluation_leaves_the_journal_of_the_first(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, command
+from tiny import ROOT, command, save_tiny
 
 from onevoice import files
 
@@ -53,3 +53,14 @@ def test_a_run_that_stopped_between_its_first_two_writes_can_be_resumed(
     assert f"resume it with --r {tmp_path}/run/last.resume.pt, or" in done.err
     assert command(capsys, "train", "-r", tmp_path / "run" / "last.resume.pt", "--minutes", "0").status == 0
     assert (tmp_path / "run" / "last.safetensors").exists()
+
+
+def test_a_run_that_stopped_between_its_last_two_writes_gets_its_weights(good: Path, tmp_path: Path) -> None:
+    """All steps are done then, and the weights are those of the save before."""
+    assert faults.run(faults.words_of("train", good, tmp_path))[0] == 0
+    last = tmp_path / "run" / "last.safetensors"
+    expected = faults.contents(tmp_path)
+    save_tiny(last)
+    assert faults.contents(tmp_path) != expected
+    assert faults.run(f"train -r {last}")[0] == 0
+    assert faults.contents(tmp_path) == expected

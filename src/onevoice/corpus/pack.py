@@ -5,7 +5,7 @@ A pack is a folder:
     samples.int16      all utterances in a row, mono, 16-bit little-endian, sorted by speaker
     index.npy          int64, three rows: first sample, number of samples, and speaker of each utterance
     utterances.jsonl   one row per recording; for one that was left out, the reason
-    pack.json          sample rate, speakers, counts, SHA-256 of the two binary files
+    pack.json          sample rate, speakers, counts, SHA-256 of the other files and of all that is in this one
 
 Full scale 1.0 is 32768. The mean of each utterance is removed, unless the pack was written with `keep_mean`.
 `packing` writes packs.
@@ -26,13 +26,15 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass as section
 
 from onevoice.errors import CorpusError
-from onevoice.files import Row, parse_row
+from onevoice.files import Row, checksum, parse_row
 
 FORMAT = 1
 HEADER = "pack.json"
 SAMPLES = "samples.int16"
 INDEX = "index.npy"
 ROWS = "utterances.jsonl"
+CHECKSUM = "sha256_of_this"
+ROWS_CHECKSUM = "sha256_of_rows"
 BLOCK_BYTES = 1 << 24
 
 
@@ -173,6 +175,8 @@ class PackedCorpus:
             raise CorpusError(f"{self.path / ROWS}: names other speakers than {HEADER}; copy or pack it again")
         if [row.get("samples") for row in rows] != self.length.tolist():
             raise CorpusError(f"{self.path / ROWS}: has other lengths than {INDEX}; copy or pack it again")
+        if self.header.get(ROWS_CHECKSUM) not in (None, sha256_of(self.path / ROWS)):
+            raise CorpusError(f"{self.path / ROWS}: differs from its checksum; copy or pack it again")
 
     def _first_damaged(self) -> str:
         """Say which utterance is the first whose samples differ from those packed."""
@@ -199,6 +203,9 @@ def read_header(path: Path) -> Row:
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise CorpusError(f"{file}: is damaged (at {place}); copy or pack it again") from error
+    expected = header.pop(CHECKSUM, None)  # older packs have none
+    if expected is not None and expected != checksum(header):
+        raise CorpusError(f"{file}: is damaged (it differs from its checksum); copy or pack it again")
     return header
 
 

@@ -23,10 +23,19 @@ from tqdm import tqdm
 
 from onevoice.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_not_silent, resample, to_pcm16
 from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_few_broken
-from onevoice.corpus.pack import FORMAT, HEADER, INDEX, ROWS, SAMPLES, PackedCorpus, sha256_of
+from onevoice.corpus.pack import CHECKSUM, FORMAT, HEADER, INDEX, ROWS, ROWS_CHECKSUM, SAMPLES, PackedCorpus, sha256_of
 from onevoice.corpus.recordings import Fault, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
-from onevoice.files import Row, append_whole, atomic_write, sole_writer, storage_errors, to_json, to_json_lines
+from onevoice.files import (
+    Row,
+    append_whole,
+    atomic_write,
+    checksum,
+    sole_writer,
+    storage_errors,
+    to_json,
+    to_json_lines,
+)
 from onevoice.processes import Workers, ordered_map
 
 
@@ -243,6 +252,7 @@ def _write_index(part: Path, header: Row, corpus: Corpus, rows: Sequence[Row], d
         "samples": int(length.sum()),
         "source_rates": {str(rate): rates[rate] for rate in sorted(rates)},
         "sha256": {SAMPLES: digest, INDEX: sha256_of(part / INDEX)},
+        ROWS_CHECKSUM: sha256_of(part / ROWS),
         "speakers": [[name + speed_suffix(speed), corpus.genders.get(name), persons[name]] for name, speed in speakers],
     }
-    atomic_write(part / HEADER, to_json(complete))
+    atomic_write(part / HEADER, to_json({**complete, CHECKSUM: checksum(complete)}))

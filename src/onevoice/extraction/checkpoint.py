@@ -5,7 +5,8 @@ training speakers in the order of the classifier, and facts (package version, gi
 Reading it never runs code from the file. Pickled dicts with `state_dict` (`.pth`) can be read too, restricted to
 tensors and plain containers; those of the original system are converted (`original.py`). Writing is atomic. What only
 resuming needs is in a second file, `<name>.resume.pt`, complete in itself, so that a crash between the two writes never
-mixes two moments of training.
+mixes two moments of training. The header also holds the SHA-256 of all the rest, which loading compares; files of other
+programs and of earlier versions have none, and load without it.
 
 Weights are named by a spec:
 
@@ -41,7 +42,7 @@ from onevoice.config import STRICT, from_dict, load_config, to_dict
 from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.extraction.original import OriginalCheckpoint, convert_checkpoint
 from onevoice.extraction.pickled import load_pickled, unreadable_error
-from onevoice.files import atomic_write
+from onevoice.files import atomic_write, join_tensors, split_tensors
 from onevoice.models import MODELS, ModelConfig, Network, build
 
 FORMAT = 1
@@ -93,39 +94,34 @@ def save_checkpoint(path: Path, state: Mapping[str, Tensor], card: Card) -> None
 
 def load_checkpoint(path: str | Path) -> tuple[State, Card]:
     """Read the weights and the card of a `.safetensors` checkpoint. Raises `CheckpointError`."""
-    card = read_card(path)
-    return load_tensors(path), card
+    path = _existing(path)
+    state, metadata = load_tensors(path)
+    if CARD_KEY not in metadata:
+        raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
+    return state, _parse_card(metadata[CARD_KEY], path)
 
 
 def read_card(path: str | Path) -> Card:
-    """Read the card of a `.safetensors` checkpoint without its weights. Raises `CheckpointError`."""
-    path = _existing(path)
-    metadata = read_metadata(path)
-    if CARD_KEY not in metadata:
-        raise CheckpointError(f"{path}: has no onevoice card, so another program wrote it; give a onevoice checkpoint")
-    return _parse_card(metadata[CARD_KEY], path)
+    """Read the card of a `.safetensors` checkpoint. Raises `CheckpointError`."""
+    return load_checkpoint(path)[1]
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and a header to a `.safetensors` file, atomically. Raises `StorageError`."""
-    packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    atomic_write(path, pack_tensors(packed, metadata=metadata))
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, metadata and their checksum to a `.safetensors` file, atomically. Raises `StorageError`."""
+    plain = pack_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    header, content = split_tensors(plain)
+    atomic_write(path, join_tensors({**header, "__metadata__": dict(metadata)}, content))
 
 
-def load_tensors(path: str | Path) -> State:
-    """Read the tensors of a `.safetensors` file. Raises `CheckpointError`."""
+def load_tensors(path: str | Path) -> tuple[State, dict[str, str]]:
+    """Read the tensors and the metadata of a `.safetensors` file, and compare its checksum if it has one.
+
+    Raises `CheckpointError`.
+    """
     try:
-        return unpack_tensors(Path(path).read_bytes())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise unreadable_error(Path(path), str(error)) from error
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the header of a `.safetensors` file without its tensors. Raises `CheckpointError`."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        data = Path(path).read_bytes()
+        return unpack_tensors(data), split_tensors(data)[0].get("__metadata__") or {}
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise unreadable_error(Path(path), str(error)) from error
 
 

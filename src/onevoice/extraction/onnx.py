@@ -13,7 +13,6 @@ import functools
 import importlib
 import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jaxtyping import Float
 
 from onevoice.audio import Mono, require_finite, require_not_silent, require_sample_rate, resample, to_mono
 from onevoice.errors import AudioError, CheckpointError, ConfigError, MissingDependencyError
+from onevoice.files import split_tensors
 from onevoice.extraction.stream import Arrays, Prepared, Stream
 
 CORE_SECONDS = 20.0
@@ -68,13 +68,11 @@ class OnnxExtractor:
     def load_voice(self, path: str | Path) -> OnnxVoice:
         """Read a saved voice. Raises `CheckpointError` for an unreadable one, or one of other weights."""
         try:
-            data = Path(path).read_bytes()
-            (size,) = struct.unpack("<Q", data[:8])
-            header = json.loads(data[8 : 8 + size])
+            header, content = split_tensors(Path(path).read_bytes())
             model_hash = json.loads(header["__metadata__"]["onevoice_voice"])["model_hash"]
             first, last = header["embedding"]["data_offsets"]
-            embedding = np.frombuffer(data[8 + size + first : 8 + size + last], "<f4")
-        except (OSError, ValueError, KeyError, struct.error) as error:
+            embedding = np.frombuffer(content[first:last], "<f4")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: is not a readable voice ({error}); make one with onevoice enroll"
             ) from error

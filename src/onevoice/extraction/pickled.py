@@ -1,9 +1,11 @@
 """Dicts of tensors and plain values in the format of `torch.save`, read without running any code in them.
 
 What only resuming needs is in such a file, `<name>.resume.pt` beside a checkpoint; other programs keep weights in them
-(`.pth`).
+(`.pth`). A resume file ends with the SHA-256 of what comes before it, as the comment of the zip archive that
+`torch.save` writes; loading compares it. Files of other programs and of earlier versions have none.
 """
 
+import hashlib
 import io
 import pickle
 from collections.abc import Mapping
@@ -18,12 +20,16 @@ from onevoice.files import atomic_write, describe_file
 PICKLES = ("a zip archive", "a pickle", None)
 """What `describe_file` may return for a file of `torch.save`, damaged or not."""
 
+TAG = b"onevoice sha256 "
+COMMENT_BYTES = len(TAG) + 64
+
 
 def save_resume(path: Path, content: Mapping[str, Any]) -> None:
     """Write what resuming needs (tensors and plain values only) to `path`, atomically. Raises `StorageError`."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    atomic_write(path, buffer.getvalue())
+    whole = buffer.getvalue()[:-2] + COMMENT_BYTES.to_bytes(2, "little")  # a zip archive ends with this length, now 0
+    atomic_write(path, whole + TAG + hashlib.sha256(whole).hexdigest().encode())
 
 
 def resume_path(checkpoint: str | Path) -> Path:
@@ -42,6 +48,7 @@ def load_pickled(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint file")
     if describe_file(path) not in PICKLES:
         raise unreadable_error(path, "")
+    _require_checksum(path)
     try:
         foreign = [_placeholder(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path))]
         with torch.serialization.safe_globals(cast(Any, foreign)):
@@ -57,6 +64,18 @@ def load_pickled(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not the dict of a checkpoint")
     return content
+
+
+def _require_checksum(path: Path) -> None:
+    """Raise `CheckpointError` if a file has a checksum and differs from it."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - COMMENT_BYTES))
+        if not (comment := stream.read()).startswith(TAG):
+            return
+        stream.seek(0)
+        whole = stream.read()[:-COMMENT_BYTES]
+    if comment[len(TAG) :] != hashlib.sha256(whole).hexdigest().encode():
+        raise unreadable_error(path, "its content differs from its checksum")
 
 
 def unreadable_error(path: Path, reason: str) -> CheckpointError:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onevoice.audio import Mono
 from onevoice.errors import CheckpointError
-from onevoice.extraction.checkpoint import load_tensors, read_metadata, save_tensors
+from onevoice.extraction.checkpoint import load_tensors, save_tensors
 
 EXTENSION = ".voice"
 """Files with this extension are saved voices."""
@@ -125,14 +125,15 @@ def load_voice(path: str | Path, model_hash: str | None = None) -> Voice:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such voice; make it with onevoice enroll RECORDING -o {path}")
-    text = read_metadata(path).get(KEY)
+    tensors, metadata = load_tensors(path)
+    text = metadata.get(KEY)
     if text is None:
         raise CheckpointError(f"{path}: is not a voice; make one with onevoice enroll RECORDING -o FILE{EXTENSION}")
     try:
         about = json.loads(text)
         if about["format"] > FORMAT:
             raise CheckpointError(f"{path}: has format {about['format']}, newer than {FORMAT}; upgrade onevoice")
-        embedding, made_by = load_tensors(path)["embedding"], str(about["model_hash"])
+        embedding, made_by = tensors["embedding"], str(about["model_hash"])
         if embedding.ndim != 2 or len(embedding) != 1 or not embedding.isfinite().all():
             raise ValueError("its embedding is not one row of finite numbers")
         voice = Voice(embedding.float(), made_by, tuple(map(str, about["sources"])), _parse(about["check_up"]))

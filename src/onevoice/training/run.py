@@ -144,6 +144,8 @@ class Trainer:
         self.deadline, self.stop_request = deadline, stop_request or self.stop_request
         settings, progress = self.experiment.training, self.state.progress
         self.tracker, self.display = self._open_tracker(), self._open_display()
+        if self.group.is_first and self.last.with_suffix(".resume.pt").exists():  # killed before it wrote the weights?
+            save_checkpoint(self.last, self.state.weights.state_dict(), self.card())
         with contextlib.closing(self.tracker), contextlib.closing(self.display):
             while progress.step < self.last_step or progress.validated_step < progress.step:
                 if settings.early_stop_epochs and progress.epochs_without_gain >= settings.early_stop_epochs:
