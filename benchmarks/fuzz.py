@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
-from mutate import Mutator, mutate_bytes, mutate_json, mutate_pickle, mutate_tensors, mutate_text  # noqa: E402
+from mutate import Mutator, mutate_bytes, mutate_header, mutate_json, mutate_pickle, mutate_tensors, mutate_text  # noqa: E402
 from original import original_checkpoint, original_config, random_network  # noqa: E402
 from plain_librimix import make_toy  # noqa: E402
 from tiny import save_tiny  # noqa: E402
@@ -222,7 +222,8 @@ def mutate_experiment(rng: np.random.Generator, data: bytes) -> bytes:
 
 
 PACK: dict[str, Mutator] = {
-    "pack.json": mutate_json, "index.npy": mutate_bytes, "utterances.jsonl": mutate_json, "samples.int16": mutate_bytes,
+    "pack.json": mutate_header, "index.npy": mutate_bytes, "utterances.jsonl": mutate_json,
+    "samples.int16": mutate_bytes,
 }  # fmt: skip
 """The files of a pack, and how each is damaged."""
 
@@ -391,7 +392,7 @@ def fuzz(cases: int, minutes: float, seed: int, only: str, first: int, show: boo
         print(f"{total} cases of {len(by_target)} kinds with seed {seed} in {(time.monotonic() - begin) / 60:.1f} min")
         print("\n".join(f"{kind:10} {counts[kind]}" for kind in KINDS))
         for (kind, _), found in sorted(problems.items()):
-            print(f"{kind} x {len(found)}: {found[0]}")
+            print(f"{kind} x {len(found)}: {'; '.join(found[:5])}")
     return counts
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from onevoice.corpus.pack import CHECKSUM
+from onevoice.files import split_tensors
+
 Mutator = Callable[[np.random.Generator, bytes], bytes]
 
 BYTES = (0x00, 0x01, 0x7F, 0x80, 0xFF, 0x0A, 0x20, 0x22, 0x2C, 0x7B)
@@ -131,6 +134,12 @@ def mutate_json(rng: np.random.Generator, data: bytes) -> bytes:
         return "\n".join([*lines, ""]).encode()
 
 
+def mutate_header(rng: np.random.Generator, data: bytes) -> bytes:
+    """Change a value of the header of a pack; three times in four, without its checksum, which would hide the rest."""
+    values = json.loads(data)
+    return mutate_json(rng, json.dumps({**values, CHECKSUM: None}).encode() if rng.random() < 0.75 else data)
+
+
 def change_value(rng: np.random.Generator, value: Any) -> Any:
     """Return a document with one value replaced, removed, renamed or added, at a random depth."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
@@ -162,9 +171,9 @@ def mutate_tensors(rng: np.random.Generator, data: bytes) -> bytes:
     """Change the header of a .safetensors file and keep the file readable; half of the time, bytes."""
     if rng.random() < 0.5:
         return mutate_bytes(rng, data)
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.dumps(change_value(rng, json.loads(data[8 : 8 + size]))).encode()
-    return struct.pack("<Q", len(header)) + header + data[8 + size :]
+    values, content = split_tensors(data)  # without the checksum, which would hide the rest
+    header = json.dumps(change_value(rng, values)).encode()
+    return struct.pack("<Q", len(header)) + header + content
 
 
 def mutate_pickle(rng: np.random.Generator, data: bytes) -> bytes:

@@ -105,7 +105,7 @@ def load_header(path: Path) -> object:
 
 
 LOADS: dict[str, tuple[str, int, Callable[[Path], object]]] = {
-    "checkpoint": ("tiny.safetensors", 397, load_checkpoint),
+    "checkpoint": ("tiny.safetensors", 197, load_checkpoint),
     "voice": ("v.voice", 3, load_voice),
     "resume file": ("runs/run/last.resume.pt", 797, load_pickled),
     "header of a pack": ("pack/pack.json", 3, load_header),
@@ -117,7 +117,8 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(
     home: Path, name: str, step: int, load: Callable[[Path], object]
 ) -> None:
     path = home / name
-    data, expected, refused = path.read_bytes(), plain(load(path)), 0
+    data, expected = path.read_bytes(), plain(load(path))
+    refusals = []
     places = range(0, len(data), step)
     assert len(places) > 100
     for place in places:
@@ -125,9 +126,9 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(
         try:
             assert plain(load(path)) == expected, f"byte {place}"
         except OnevoiceError as error:
-            assert len(str(error).splitlines()) == 1
-            refused += 1
-    assert refused > 0.9 * len(places)
+            refusals.append(str(error))
+    assert len(refusals) > 0.9 * len(places)
+    assert all(len(each.splitlines()) == 1 for each in refusals)
 
 
 def test_files_without_a_checksum_load(home: Path) -> None:

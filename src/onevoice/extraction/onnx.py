@@ -22,8 +22,8 @@ from jaxtyping import Float
 
 from onevoice.audio import Mono, require_finite, require_not_silent, require_sample_rate, resample, to_mono
 from onevoice.errors import AudioError, CheckpointError, ConfigError, MissingDependencyError
-from onevoice.files import split_tensors
 from onevoice.extraction.stream import Arrays, Prepared, Stream
+from onevoice.files import split_tensors
 
 CORE_SECONDS = 20.0
 """The part of a recording whose estimate one window gives. Windows need memory with the square of their length."""
