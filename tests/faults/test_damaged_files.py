@@ -196,6 +196,19 @@ def test_voices(home: Path, capsys: pytest.CaptureFixture[str], key: str, value:
     check_refused(capsys, f"extract {home}/m.wav {path} {home}/o.wav {use}", "not one row of finite numbers")
 
 
+def test_a_manifest_with_half_a_surrogate(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "corpus.jsonl"
+    path.write_text(path.read_text() + '{"path": "a\\ud800.flac", "speaker": "a"}\n')
+    done = command(capsys, *f"corpus scan {path} --workers 1 --max-broken 1".split())
+    assert done.status == 0
+    assert "is not JSON ('utf-8' codec can't encode" in done.out.encode().decode()
+
+
+def test_a_page_of_a_damaged_result(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_json(home / "result.json", lambda summary: summary.update(failure_rate="x"))
+    check_refused(capsys, f"report {home}/result.json -o {home}/r.html --played 0", "not a result")
+
+
 ROWS = [{"samples": []}, {"sample_rate": 0}, {"sample_rate": None}, {"mixtures": "1"}, {"name": "\ud800"}]
 
 

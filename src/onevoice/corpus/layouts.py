@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from onevoice.audio import EXTENSIONS
 from onevoice.corpus.recordings import Fault, Listing, Recording, Utterance, require_uncompressed, tar_members
 from onevoice.errors import ConfigError, CorpusError
-from onevoice.files import as_address
+from onevoice.files import as_address, to_json_lines
 
 UNREADABLE_EXTENSIONS = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".sph", ".shn", ".webm", ".3gp")
 """Extensions of audio files that libsndfile does not decode."""
@@ -322,6 +322,8 @@ def _json_rows(stream: Iterator[str]) -> Iterator[tuple[int, dict[str, str] | st
         if line.strip():
             try:
                 row = json.loads(line)
+                if "\\ud" in line.lower():
+                    to_json_lines([row])  # half of a pair of surrogates is no text
             except (ValueError, RecursionError) as error:
                 yield number, f"is not JSON ({error})"
                 continue

@@ -60,7 +60,7 @@ def result_sections(results: Sequence[Result]) -> list[Section]:
             Section("Distributions", _histograms(results, names), is_grid=True),
             Section("Trials", _scatters(results, names), is_grid=True),
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{results[0].path}: not a result of onevoice eval --output ({error})") from error
 
 
