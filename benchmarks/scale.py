@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from voices import Voice
 
 from onevoice.audio import write_audio
+from onevoice.cluster import Cluster, Workers
 from onevoice.extraction.extractor import load
 from onevoice.extraction.jobs import Failure, Job, Settings, run_jobs
-from onevoice.processes import Cluster, Workers, ordered_map
+from onevoice.processes import ordered_map
 
 RATE = 16_000
 

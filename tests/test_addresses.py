@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny import command, save_tiny
 
+from onevoice.addresses import as_address, connect, local_copy, local_name, read_range, upload
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError, StorageError
 from onevoice.extraction.jobs import ExtractBatch
-from onevoice.files import as_address, connect, local_copy, local_name, read_range, upload
 
 fsspec = pytest.importorskip("fsspec", reason='fsspec is not installed: pip install "onevoice[remote]"')
 WEIGHTS = ("--pretrained", "tiny.safetensors", "--precision", "float32", "--device", "cpu")

@@ -56,8 +56,8 @@ DOORS = {
     "pipecat": {"extraction.pipecat"},
     "livekit": {"extraction.livekit"},
     "cyclopts": {"cli"},
-    "ray": {"processes"},
-    "fsspec": {"files"},
+    "ray": {"cluster"},
+    "fsspec": {"addresses"},
 }
 """The modules that may import a foreign library."""
 
@@ -120,7 +120,7 @@ def test_the_map_lists_every_module_once() -> None:
 def test_few_rooms_and_few_modules_beside_them() -> None:
     assert {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ROOMS)
     assert len(ROOMS) <= 10
-    assert len([path for path in SOURCE.iterdir() if path.suffix == ".py"]) <= 10
+    assert len([path for path in SOURCE.iterdir() if path.suffix == ".py"]) <= 12
 
 
 @pytest.mark.parametrize("name", list(modules()))

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from onevoice.addresses import as_address, check_addresses, local_copy, upload
 from onevoice.audio import (
     BLOCK,
     Block,
@@ -34,7 +35,7 @@ from onevoice.audio import (
     require_writable_format,
 )
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError, StorageError
-from onevoice.files import as_address, check_addresses, local_copy, require_writable, storage_errors, upload
+from onevoice.files import require_writable, storage_errors
 
 PIPE = "-"
 """The name of standard input and output."""
@@ -62,8 +63,6 @@ GET_FFMPEG = 'the ffmpeg program, which is not installed: pip install "onevoice[
 
 Process = subprocess.Popen[bytes]
 Complaint = Callable[[], str]
-
-# Reading --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def mix(
         layout: The layout of the corpora, if it is not recognized; see `onevoice corpus pack --help`.
         pattern: Use only files whose name matches, for example "*-norm.wav".
     """
+    from onevoice.cluster import choose_workers
     from onevoice.files import parse_shard
-    from onevoice.processes import choose_workers
 
     chosen, part = choose_workers(engine, address, workers, os.cpu_count() or 1), parse_shard(shard)
     if protocol is not None:
@@ -197,9 +197,9 @@ def pack(
             place (needs onevoice[ray]).
         address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
     """
+    from onevoice.cluster import choose_workers
     from onevoice.corpus.listing import list_corpus, split_speakers
     from onevoice.corpus.packing import pack_corpus
-    from onevoice.processes import choose_workers
 
     chosen = choose_workers(engine, address, workers, os.cpu_count() or 1)
     *sources, out = _some(sources_and_out)

@@ -77,11 +77,11 @@ def eval_(
         shard: With --output, score only the part I of N equal parts, as I/N: for job arrays. The same command without
             it then joins the parts.
     """
+    from onevoice.cluster import Cluster, choose_workers
     from onevoice.evaluation import run
     from onevoice.evaluation.provenance import describe_model
     from onevoice.extraction.extractor import load
     from onevoice.files import parse_shard
-    from onevoice.processes import Cluster, choose_workers
     from onevoice.trials import open_trials, place_of
     from onevoice.trials.export import own_rate
 

@@ -83,10 +83,10 @@ def extract(
         config: An eval config whose `model` section describes a .pth checkpoint; other checkpoints need none.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.
     """
+    from onevoice.cluster import choose_workers
     from onevoice.extraction.jobs import Settings
     from onevoice.extraction.recording import parse_absent, parse_channel
     from onevoice.files import parse_shard
-    from onevoice.processes import choose_workers
 
     settings = Settings(parse_channel(channel), force, parse_absent(absent))
     workers = choose_workers(engine, address, jobs, 1, "jobs", gpus=int(device.startswith("cuda")))

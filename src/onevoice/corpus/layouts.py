@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from onevoice.addresses import as_address
 from onevoice.audio import EXTENSIONS
 from onevoice.corpus.recordings import Fault, Listing, Recording, Utterance, require_uncompressed, tar_members
 from onevoice.errors import ConfigError, CorpusError
-from onevoice.files import as_address, to_json_lines
+from onevoice.files import to_json_lines
 
 UNREADABLE_EXTENSIONS = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".sph", ".shn", ".webm", ".3gp")
 """Extensions of audio files that libsndfile does not decode."""

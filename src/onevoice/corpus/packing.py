@@ -22,6 +22,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from onevoice.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_not_silent, resample, to_pcm16
+from onevoice.cluster import Workers
 from onevoice.corpus.listing import MAX_BROKEN, Corpus, require_few_broken
 from onevoice.corpus.pack import CHECKSUM, FORMAT, HEADER, INDEX, ROWS, ROWS_CHECKSUM, SAMPLES, PackedCorpus, sha256_of
 from onevoice.corpus.recordings import Fault, Utterance
@@ -36,7 +37,7 @@ from onevoice.files import (
     to_json,
     to_json_lines,
 )
-from onevoice.processes import Workers, ordered_map
+from onevoice.processes import ordered_map
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onevoice.addresses import open_bytes, read_range
 from onevoice.audio import Mono, decode_audio, probe_audio, require_file
 from onevoice.errors import AudioError, CorpusError
-from onevoice.files import open_bytes, read_range
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 """Extensions of archives whose members can only be read after unpacking."""

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from onevoice.audio import Mono, write_audio
+from onevoice.cluster import Cluster
 from onevoice.config import STRICT, Location
 from onevoice.errors import AudioError, ConfigError, MissingDependencyError
 from onevoice.evaluation.baselines import BaselineName, estimate_baseline
@@ -42,7 +43,7 @@ from onevoice.extraction.presence import Presence
 from onevoice.extraction.windows import Spool
 from onevoice.files import Shard
 from onevoice.models import ModelConfig
-from onevoice.processes import Cluster, ordered_map
+from onevoice.processes import ordered_map
 from onevoice.trials import FolderTrials, TrialsConfig, open_trials
 from onevoice.trials.reading import TrialBatch, TrialDataset, collate, read_batches
 

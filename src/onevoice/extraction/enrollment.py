@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from onevoice.addresses import as_address, local_copy
 from onevoice.audio import Mono, require_file, resample
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.discovery import RATE, FoundVoice, embed_stretches, find_voices
 from onevoice.extraction.extractor import Extractor, check_enrollment, load, mix_down
 from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice
-from onevoice.files import as_address, local_copy
 from onevoice.streams import is_here, open_source
 
 SAME_PERSON = 0.4

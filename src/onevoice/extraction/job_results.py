@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from onevoice.addresses import as_address
 from onevoice.errors import ConfigError
 from onevoice.extraction.jobs import Failure, Job
 from onevoice.extraction.recording import Extraction
@@ -19,7 +20,6 @@ from onevoice.files import (
     Row,
     Shard,
     append_whole,
-    as_address,
     atomic_write,
     lock,
     require_unlocked,

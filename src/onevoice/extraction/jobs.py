@@ -15,14 +15,15 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as section
 
+from onevoice.addresses import as_address, exists, local_copy, local_name
+from onevoice.cluster import Cluster, Workers
 from onevoice.config import STRICT, from_dict, refuse_nul
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.enrollment import as_places, enroll_files
 from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.recording import Channel, Extraction, check_files, extract_file, parse_absent, parse_channel
 from onevoice.extraction.voice import Voice
-from onevoice.files import as_address, exists, local_copy, local_name
-from onevoice.processes import Cluster, Workers, ordered_map
+from onevoice.processes import ordered_map
 from onevoice.streams import PIPE, check_outputs
 
 PATTERN_SIGNS = "*?["

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from onevoice.addresses import as_address, exists
 from onevoice.audio import BLOCK, Block, Mono, to_mono
 from onevoice.errors import AudioError, ConfigError
 from onevoice.extraction.enrollment import Spec, as_places, check_voice, enroll_files
@@ -28,7 +29,7 @@ from onevoice.extraction.presence import TIMELINES, Presence, join, write_timeli
 from onevoice.extraction.report import extraction_report
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Spool, fill_spools, make_plan
-from onevoice.files import as_address, atomic_write, exists, storage_errors
+from onevoice.files import atomic_write, storage_errors
 from onevoice.streams import PIPE, Source, check_outputs, is_here, keeps_peaks, open_source, write_together
 
 Channel = int | Literal["mean", "each"]

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 from tqdm import tqdm
 
 from onevoice.audio import Mono, write_audio
+from onevoice.cluster import Workers
 from onevoice.errors import CorpusError
 from onevoice.files import (
     Row,
@@ -39,7 +40,7 @@ from onevoice.files import (
     to_json_lines,
     whole_rows,
 )
-from onevoice.processes import Workers, ordered_map
+from onevoice.processes import ordered_map
 
 SETTINGS = "mixture.json"
 MANIFEST = "manifest.jsonl"

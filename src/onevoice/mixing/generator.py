@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from onevoice.cluster import Cluster, Workers
 from onevoice.corpus.recordings import Recording
 from onevoice.errors import ConfigError, CorpusError
 from onevoice.files import Row, Shard
@@ -33,7 +34,6 @@ from onevoice.mixing.law import (
     load_utterance,
     render_trial,
 )
-from onevoice.processes import Cluster, Workers
 
 LAW_VERSION = 1
 MAX_ATTEMPTS = 100

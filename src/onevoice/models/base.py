@@ -206,7 +206,7 @@ def pick_device(name: str = "auto", key: str = "device") -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies in bfloat16; the others emulate it, several times slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return (
         device.type == "cpu"
         and torch.backends.cpu.get_cpu_capability() != "DEFAULT"

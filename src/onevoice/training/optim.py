@@ -57,7 +57,7 @@ class MuonAndAdamW(Optimizer):
         """Take a step, or none if `found_inf` is 1."""
         if self.found_inf is None or not self.found_inf:
             for part in self.parts:
-                part.step()  # type: ignore[no-untyped-call]
+                part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state."""

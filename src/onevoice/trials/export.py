@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onevoice.audio import probe_audio
+from onevoice.cluster import Workers
 from onevoice.errors import ConfigError
 from onevoice.files import Shard
 from onevoice.mixing.folder import MadeMixture, MadeTrial, Outcome, write_trials
-from onevoice.processes import Workers
 from onevoice.trials.config import FolderTrials, LibriMixMetadataTrials, LibriMixTrials, TrialsConfig, Wsj0Trials
 from onevoice.trials.reading import load_trial, open_trials, to_record
 from onevoice.trials.trial import Trial, TrialAudio, TrialList
