@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tiny import command, save_tiny
 
-from onevoice.cluster import TRIES, Cluster
+from onevoice.cluster import ITEMS_PER_WORKER, TRIES, Cluster, _Piece
 from onevoice.corpus.pack import PackedCorpus
 from onevoice.errors import ConfigError, CorpusError, WorkerError
 from onevoice.evaluation.results import read_result
 from onevoice.extraction.jobs import ExtractBatch
-from onevoice.processes import ITEMS_PER_WORKER, _Piece, ordered_map
+from onevoice.processes import ordered_map
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "onevoice[ray]"')
 CLUSTER = Cluster(workers=2)
