@@ -23,6 +23,7 @@ from onevoice.errors import CheckpointError, ConfigError, MissingDependencyError
 from onevoice.evaluation.demo import SAMPLES, Demo, run
 from onevoice.evaluation.metrics import si_sdr
 from onevoice.extraction import checkpoint as checkpoints
+from onevoice.extraction import discovery
 from onevoice.extraction.checkpoint import load_checkpoint, load_model, read_registry, resolve
 
 
@@ -44,6 +45,7 @@ def register(folder: Path, default: str | None, **weights: bytes) -> None:
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installation with the weights `old` and `tiny`; `tiny` is the default."""
+    discovery._load_encoder()  # an extraction looks for a second voice by these weights, which are loaded once
     folder = tmp_path / "weights"
     folder.mkdir()
     register(folder, "tiny", old=b"old", tiny=save_tiny(tmp_path / "a.safetensors").read_bytes())
