@@ -27,8 +27,10 @@ from voices import make_trials
 from onevoice.audio import write_audio
 from onevoice.config import from_dict
 from onevoice.errors import CheckpointError, ConfigError, CorpusError, TrainingError
-from onevoice.extraction.checkpoint import load_checkpoint
+from onevoice.extraction.checkpoint import Card, load_checkpoint, save_checkpoint
 from onevoice.extraction.pickled import load_pickled, save_resume
+from onevoice.models import build
+from onevoice.models.bandsplit_blocks import BandSplitConfig
 from onevoice.training.experiment import Experiment
 from onevoice.training.run import Trainer, train
 from onevoice.training.tracking import read_rows
@@ -150,6 +152,24 @@ def test_load_for_other_speakers_reinitializes_the_classifier(finished: Path, tm
     trainer.load(finished / "best.safetensors")
     assert torch.equal(trainer.state.model.state_dict()["classifier.weight"], fresh)
     assert any("the classifier is reinitialized" in line for line in lines)
+
+
+def test_load_keeps_what_fits_when_the_bands_are_others(trials: Path, tmp_path: Path) -> None:
+    sizes = {"name": "bandsplit", "channels": 8, "hidden": 8, "feed_forward": 8, "shared": 4, "blocks": 2, "heads": 2}
+    model = build(from_dict(BandSplitConfig, {**sizes, "bands": [[4, 4], [2, 16]]}))
+    save_checkpoint(tmp_path / "wide.safetensors", model.state_dict(), Card(model.config))
+    narrow = {**sizes, "bands": [[4, 3], [2, 12]], "window_seconds": 0.02, "causal": True, "normalize_level": False}
+    lines: list[str] = []
+    trainer = Trainer(experiment(trials, tmp_path, model=narrow), echo=lines.append)
+    fresh = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
+    trainer.load(tmp_path / "wide.safetensors")
+    loaded, given = trainer.state.model.state_dict(), model.state_dict()
+    of_bands = {f"{part}.weights.{group}" for part in ("split", "voice_split", "mask") for group in range(2)}
+    for name, value in loaded.items():
+        kept = name not in of_bands | {"mask.bias"}
+        assert torch.equal(value, given[name] if kept else fresh[name]), name
+    (line,) = (line for line in lines if "other sizes are reinitialized: mask.bias, mask.weights.0, " in line)
+    assert line.count("weights") == len(of_bands)
 
 
 class ConfigParser:

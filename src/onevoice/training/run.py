@@ -35,7 +35,7 @@ from onevoice.processes import StopRequest, keep_freed_memory, stop_requests
 from onevoice.training.batches import ValidationTrials, open_source
 from onevoice.training.distributed import SINGLE_PROCESS, Group, open_group
 from onevoice.training.experiment import Experiment, fill_model_fields
-from onevoice.training.state import TrainingState
+from onevoice.training.state import TrainingState, reinitialize_misfits
 from onevoice.training.step import Learner, is_out_of_memory
 from onevoice.training.tracking import Display, Tracker, open_tracker
 from onevoice.training.validation import Judge, require_pesq, sounds, validate
@@ -279,16 +279,14 @@ class Trainer:
         )
 
     def load(self, checkpoint: str | Path) -> None:
-        """Take the weights of a checkpoint alone; for other speakers the classifier is reinitialized."""
+        """Take the weights of a checkpoint alone, as far as `reinitialize_misfits` keeps them."""
         state, card = load_weights(checkpoint)
         if card is not None:
             self.warn_about_other_model(checkpoint, card)
-        own = self.state.model.state_dict()
         other_speakers = card is not None and bool(card.speakers) and list(card.speakers) != self.source.speakers
-        classifier = [name for name in own if name.startswith("classifier.")]
-        if other_speakers or any(name in state and state[name].shape != own[name].shape for name in classifier):
-            state = {**state, **{name: own[name] for name in classifier}}
-            self.say(f"{checkpoint}: was trained on other speakers; the classifier is reinitialized")
+        state, notes = reinitialize_misfits(state, self.state.model.state_dict(), other_speakers)
+        for note in notes:
+            self.say(f"{checkpoint}: {note}")
         load_state(self.state.model, state, Path(checkpoint))
         if self.state.average is not None:
             self.state.average.model.load_state_dict(self.state.model.state_dict())

@@ -298,3 +298,24 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch_rng"])
     for number, cuda in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda, number)
+
+
+def reinitialize_misfits(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], other_speakers: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of a checkpoint with those of `own` where they cannot be used, and a note on each such case.
+
+    These are the classifier if it knows other speakers, and tensors of other sizes if they are less than half of the
+    network. So a network can begin from one with another window, bands, or number of speakers.
+    """
+    state, notes = dict(state), []
+    misfits = {name for name in own if name in state and state[name].shape != own[name].shape}
+    classifier = {name for name in own if name.startswith("classifier.")}
+    if other_speakers or misfits & classifier:
+        state |= {name: own[name] for name in classifier}
+        notes.append("was trained on other speakers; the classifier is reinitialized")
+    misfits -= classifier
+    if 0 < 2 * sum(own[name].numel() for name in misfits) < sum(each.numel() for each in own.values()):
+        state |= {name: own[name] for name in misfits}
+        notes.append(f"tensors of other sizes are reinitialized: {', '.join(sorted(misfits))}")
+    return state, notes
