@@ -2,13 +2,14 @@
 
     python benchmarks/extract_speed.py [--threads 2] [--repeats 5] [--seconds 10 600 3600] [--pretrained NAME]
 
-The first table is for 10 s of sound: the plain layers of torch with the same sizes (`plain_layers.py`), for SpEx+, and
-ours in float32 and bfloat16, and the exported network in ONNX Runtime and OpenVINO if they are installed. Runs
-alternate; the table shows medians, and how far an estimate is from that of float32.
+The first table is for 10 s of sound: the plain layers of torch with the same sizes (`plain_layers.py`), ours in float32
+and bfloat16, and the exported network in ONNX Runtime and OpenVINO if they are installed. Runs alternate; the table
+shows medians, and how far an estimate is from that of float32.
 The second table runs the command as a process on the sample recording, tiled to a length, in stereo at 44.1 kHz:
 seconds of sound per second of time and of processor time, and peak memory. Its first row is the start-up.
 
-On a busy machine, `--threads 1` and processor time are the figures to compare.
+On a free machine, compare the times; on a busy one, the processor times with `--threads 1`, because threads that wait
+for each other use processor time too.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from plain_layers import PlainSpExPlus
+from plain_layers import PlainBandSplit, PlainSpExPlus
 
 from onevoice.audio import read_audio, resample
 from onevoice.evaluation.demo import SAMPLES
@@ -38,6 +39,7 @@ from onevoice.extraction.export import export
 from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.voice import Voice
 from onevoice.models import SpExPlusConfig
+from onevoice.models.bandsplit import BandSplitExtractor
 from onevoice.processes import keep_freed_memory
 
 Run = Callable[[], Any]
@@ -70,31 +72,37 @@ def measure_network(pretrained: str | None, repeats: int, threads: int) -> None:
     voice = ours.enroll(read_audio(SAMPLES / "enrollment.flac")[0], 16_000)
     sound = np.resize(read_audio(SAMPLES / "mixture.flac", ours.sample_rate)[0], 10 * ours.sample_rate)
     runs: dict[str, Run] = {}
+    audio = torch.from_numpy(sound)[None]
     if isinstance(ours.card.config, SpExPlusConfig):
         layers = PlainSpExPlus(ours.card.config).eval()
-        batch = {"audio": torch.from_numpy(sound)[None], "ref": torch.from_numpy(sound)[None, :8000]}
-        runs["plain layers"] = lambda: layers(batch)
+        runs["plain layers"] = lambda: layers({"audio": audio, "ref": audio[:, :8000]})
+    if isinstance(ours.model, BandSplitExtractor) and not ours.model.config.causal:
+        scaled, plain = (audio - audio.mean()) / audio.std(), PlainBandSplit(ours.model)
+        runs["plain layers"] = lambda: plain(scaled, voice.embedding)[0].numpy()
     for name in ("float32", "bfloat16"):
         extractor = Extractor(ours.model, ours.card, name)
         runs[name] = functools.partial(extractor.extract, sound, ours.sample_rate, voice)
     runs.update(exported_networks(ours, sound, voice, threads))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     results: dict[str, Any] = {}
     with torch.inference_mode():
         for turn in range(repeats + 1):
             for name, run in runs.items():
-                begin = time.process_time()
+                begin, cpu = time.perf_counter(), time.process_time()
                 results[name] = run()
                 if turn:  # the first one warms up
-                    times[name].append(time.process_time() - begin)
+                    times[name].append((time.perf_counter() - begin, time.process_time() - cpu))
     reference = results["float32"].astype(float)
-    base = statistics.median(times[next(iter(times))])
-    for name, seconds in times.items():
-        middle, far = statistics.median(seconds), ""
-        if name != "plain layers":  # whose weights are random
+    middles = {name: [statistics.median(column) for column in zip(*each, strict=True)] for name, each in times.items()}
+    base = middles[next(iter(middles))]
+    print(f"{'':14}{'real time':>11}{'ratio':>8}{'by processor time':>20}{'ratio':>8}")
+    for name, (taken, cpu) in middles.items():
+        far = ""
+        if isinstance(results[name], np.ndarray):  # the plain layers of SpEx+ have random weights
             level = -si_sdr(results[name], reference)
             far = f"{max(level, -200):8.1f} dB from float32"
-        print(f"{name:14}{10 * threads / middle:8.1f}x real time {base / middle:6.2f}x {far}", flush=True)
+        speeds = f"{10 / taken:10.1f}x{base[0] / taken:7.2f}x{10 * threads / cpu:19.1f}x{base[1] / cpu:7.2f}x"
+        print(f"{name:14}{speeds}{far}", flush=True)
 
 
 def write_recording(path: Path, seconds: float) -> None:

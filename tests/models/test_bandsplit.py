@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from onevoice.config import from_dict
 from onevoice.errors import ConfigError
-from onevoice.models import BandSplitConfig, BandSplitExtractor, bandsplit
+from onevoice.models import BandSplitConfig, BandSplitExtractor, bandsplit, bandsplit_blocks
 from onevoice.models.bandsplit_blocks import Attention, TimeBlock
+from onevoice.models.layers import pointwise
 
 CONFIG = BandSplitConfig(
     sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, feed_forward=10, shared=4, blocks=3,
@@ -145,6 +146,24 @@ def test_a_time_block_against_a_depthwise_convolution(causal: bool) -> None:
     hidden = convolved.reshape(2, 7, 12, 11).permute(0, 3, 1, 2)
     wanted = frames + F.linear(hidden, block.project.weight, block.project.bias)
     assert torch.allclose(block(frames, film, None), wanted, atol=1e-12)
+
+
+def test_faster_ways_without_gradients_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in place of products, halves of the gated products, and fused norms."""
+    model = network().float()
+    batch = {"audio": noise(2, 2000).float(), "ref": noise(2, 3000, seed=2).float()}
+    wanted = model(batch)["predicted_audio"][0].detach()
+    used: list[torch.Size] = []
+    for many in (0, 2**30):
+        monkeypatch.setattr(bandsplit_blocks, "MANY", many)
+        monkeypatch.setattr(
+            bandsplit_blocks, "pointwise", lambda *given: used.append(given[1].shape) or pointwise(*given)
+        )
+        with torch.no_grad():
+            found = model(batch)["predicted_audio"][0]
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert bool(used) is (many == 0)
+        used.clear()
 
 
 @torch.no_grad()

@@ -80,13 +80,17 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, frames: Float[Tensor, "*axes channels"]) -> Float[Tensor, "*axes channels"]:
-        """Normalize over the channels, in the precision of the weights."""
-        if frames.dtype == self.weight.dtype and not torch.is_grad_enabled():  # one kernel, without gradients faster
-            return F.rms_norm(frames, self.weight.shape, self.weight, 1e-5)
+    def forward(
+        self, frames: Float[Tensor, "*axes channels"], scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Float[Tensor, "*axes channels"]:
+        """Normalize over the channels in the precision of the weights; with `scale`, scale by it and add `shift`."""
+        if scale is None and frames.dtype == self.weight.dtype and not torch.is_grad_enabled():
+            return F.rms_norm(frames, self.weight.shape, self.weight, 1e-5)  # without gradients faster
         wide = frames.to(self.weight.dtype)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
-        return (wide * scale * self.weight).to(frames.dtype)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+        if scale is None or shift is None:
+            return (normed * self.weight).to(frames.dtype)
+        return torch.addcmul(shift.to(wide.dtype), normed, self.weight * scale).to(frames.dtype)
 
 
 class ValidBatchNorm(nn.BatchNorm1d):
