@@ -13,7 +13,7 @@ from onevoice.config import from_dict
 from onevoice.errors import ConfigError
 from onevoice.models import BandSplitConfig, BandSplitExtractor, bandsplit, bandsplit_blocks
 from onevoice.models.bandsplit_blocks import Attention, TimeBlock
-from onevoice.models.layers import pointwise
+from onevoice.models.layers import by_convolution
 
 CONFIG = BandSplitConfig(
     sample_rate=8000, bands=((4, 8), (3, 32)), channels=8, hidden=12, feed_forward=10, shared=4, blocks=3,
@@ -157,7 +157,7 @@ def test_faster_ways_without_gradients_give_the_same(monkeypatch: pytest.MonkeyP
     for many in (0, 2**30):
         monkeypatch.setattr(bandsplit_blocks, "MANY", many)
         monkeypatch.setattr(
-            bandsplit_blocks, "pointwise", lambda *given: used.append(given[1].shape) or pointwise(*given)
+            bandsplit_blocks, "by_convolution", lambda *given: used.append(given[1].shape) or by_convolution(*given)
         )
         with torch.no_grad():
             found = model(batch)["predicted_audio"][0]

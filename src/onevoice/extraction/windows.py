@@ -33,7 +33,7 @@ CONTEXT_SECONDS = 2.0
 """Context of such a network, to each side."""
 FADE_SECONDS = 0.5
 """Length of the cross-fade between windows of such a network."""
-EXACT_CORE_SECONDS = 60.0
+EXACT_CORE_SECONDS = 30.0
 """The longest core if the context is known."""
 
 SPOOL_MEMORY = 64 * 2**20

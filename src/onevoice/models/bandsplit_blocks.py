@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from onevoice.config import STRICT
 from onevoice.models.base import NetworkConfig
-from onevoice.models.layers import RMSNorm, pointwise
+from onevoice.models.layers import RMSNorm, by_convolution, pointwise
 from onevoice.units import to_samples
 
 Bands = Float[Tensor, "batch frames bands channels"]
@@ -140,10 +140,11 @@ def dense(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, " outputs"] | None,
 ) -> Float[Tensor, "batch *axes outputs"]:
-    """Return the product of every vector with `weight`, plus `bias`, by `pointwise` if there are many."""
+    """Return the product of every vector with `weight`, plus `bias`; of many without gradients, `by_convolution`."""
     if frames.numel() < MANY:
         return F.linear(frames, weight, bias)
-    return pointwise(frames.reshape(1, -1, frames.shape[-1]), weight, bias).reshape(*frames.shape[:-1], -1)
+    multiply = pointwise if torch.is_grad_enabled() or frames.device.type != "cpu" else by_convolution
+    return multiply(frames.reshape(1, -1, frames.shape[-1]), weight, bias).reshape(*frames.shape[:-1], -1)
 
 
 class Dense(nn.Linear):
@@ -228,8 +229,8 @@ class TimeBlock(nn.Module):
 
     def forward(self, frames: Bands, film: Film | None, valid: Valid | None) -> Bands:
         """Return the frames plus the result."""
-        inputs = self.inputs(frames, film, valid)
-        return self.convolve(frames, F.pad(inputs, (0, 0, 0, 0, self.past, self.reach - self.past)))
+        around = (0, 0, 0, 0, self.past, self.reach - self.past)
+        return self.convolve(frames, F.pad(self.inputs(frames, film, valid), around))
 
     def inputs(self, frames: Bands, film: Film | None, valid: Valid | None) -> Hidden:
         """Return what the convolution gets; `film` holds the scale of each channel, then its shift."""

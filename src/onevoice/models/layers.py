@@ -30,13 +30,14 @@ def pointwise(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, " outputs"] | None = None,
 ) -> Float[Tensor, "batch frames outputs"]:
-    """Return the product of every frame with `weight`, plus `bias`.
-
-    On a CPU in float32 this is a convolution, because torch runs those with oneDNN, up to twice as fast as its matrix
-    product. With a single tap the dilation changes nothing, but makes torch use oneDNN on one thread too.
-    """
+    """Return the product of every frame with `weight`, plus `bias`; `by_convolution` on a CPU in float32."""
     if frames.device.type != "cpu" or frames.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(frames, weight, bias)
+    return by_convolution(frames, weight, bias)
+
+
+def by_convolution(frames: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the same by oneDNN, which torch runs on one thread only if there is a dilation; it changes nothing."""
     image = frames.transpose(1, 2)[:, :, None]
     return F.conv2d(image, weight[:, :, None, None], bias, dilation=2)[:, :, 0].transpose(1, 2)
 
