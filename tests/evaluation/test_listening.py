@@ -15,6 +15,7 @@ from onevoice.errors import ConfigError, CorpusError, MissingDependencyError
 from onevoice.evaluation import listening
 from onevoice.evaluation.listening import Heard, make_listener, normalize_text, pool_word_errors, read_texts
 from onevoice.evaluation.results import read_result
+from onevoice.extraction.discovery import ENCODER
 from onevoice.trials.reading import find_trials
 
 
@@ -216,7 +217,7 @@ def test_an_evaluation_listens(recognizer: str, tmp_path: Path, capsys: pytest.C
     for row in result.rows:
         assert row.more["similarity"] == pytest.approx(row.more["similarity_mixture"], abs=1e-6)
     assert result.summary["word_error_rates"]["wer"] == pytest.approx(1 / 3)
-    assert result.summary["provenance"]["listening"]["encoder"] == "spexplus-small-16k-v1"
+    assert result.summary["provenance"]["listening"]["encoder"] == ENCODER
     assert result.summary["saved_estimates"] == str(tmp_path / "estimates")
     again = command(capsys, "score", tmp_path / "estimates", trials, *arguments[2:], "-o", tmp_path / "s.json")
     assert again.status == 0, again.err

@@ -13,6 +13,7 @@ from tiny import command, save_tiny
 
 from onevoice.audio import read_audio
 from onevoice.evaluation.demo import SAMPLES
+from onevoice.extraction.checkpoint import read_registry
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_page_of_the_default_weights_opens(tmp_path: Path, capsys: pytest.Ca
     assert done.status == 0, done.err
     opened = open_page(tmp_path / "page.html", tmp_path, "return [all('.track').length, document.title];")
     assert opened.console == []
-    assert opened.found == [5, "Weights spexplus-small-16k-v1"]
+    assert opened.found == [5, f"Weights {read_registry().default}"]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"metrics": {"pesq": 1}}'])

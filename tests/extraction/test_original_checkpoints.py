@@ -16,9 +16,11 @@ from toy_runs import forked_process
 
 import onevoice
 from onevoice.errors import CheckpointError
-from onevoice.extraction.checkpoint import load_checkpoint, load_model, load_original, load_weights
+from onevoice.extraction.checkpoint import load_checkpoint, load_model, load_original, load_weights, read_registry
 from onevoice.extraction.original import convert_moments
 from onevoice.models import SpExPlus
+
+DEFAULT = read_registry().default
 
 
 @pytest.fixture
@@ -214,7 +216,7 @@ def test_info_and_convert(tmp_path: Path, content: dict[str, Any], capsys: pytes
         (["a.pth"], "OUTPUT: is missing"),
         (["a.pth", "b.pth"], "b.pth: must be another file than a.pth, and end in .safetensors"),
         (["a.pth", "b.json"], "b.json: must be another file than a.pth, and end in .safetensors"),
-        (["a.pth", "none/../a.safetensors"], "a.pth: no such checkpoint file; give your own or spexplus-small-16k-v1"),
+        (["a.pth", "none/../a.safetensors"], f"a.pth: no such checkpoint file; give your own or {DEFAULT}"),
         (["a.json", "a.json"], "a.json: must be another file than a.json"),
         (["a.json"], "a.json: cannot be read"),
     ],
@@ -299,5 +301,5 @@ def test_whole_frames_end_with_the_last_whole_frame() -> None:
 def test_the_download_script_names_the_weights_to_use() -> None:
     result = forked_process([ROOT / "download_checkpoint.py"])
     assert (result.status, result.err) == (0, "")
-    assert "nothing to download: the weights spexplus-small-16k-v1 come with onevoice" in result.out
+    assert f"nothing to download: the weights {DEFAULT} come with onevoice" in result.out
     assert "as checkpoints/final_run/checkpoint.pth" in result.out
