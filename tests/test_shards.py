@@ -1,12 +1,15 @@
 """Shards: parts of the work by commands of their own, joined by the same command without --shard."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import command, save_tiny
+from tiny import Outcome, command, save_tiny
 
+from onevoice.audio import write_audio
 from onevoice.errors import ConfigError
 from onevoice.evaluation.results import read_result
 from onevoice.files import Shard, parse_shard, shard_path, shard_paths, sole_writer
@@ -64,6 +67,52 @@ def test_mixtures_by_shards_leave_the_same_folder(
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.wav")}
     assert before
     assert before.items() < after.items()  # nothing was made twice
+
+
+def pack(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
+    return command(capsys, "corpus", "pack", *arguments, "--sample-rate", 8000, "--speeds", 0.9, "--workers", 1)
+
+
+def test_packing_by_shards_gives_the_same_bytes(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a silent file; one shard runs twice, one was killed, and one is of another division of the work."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    files = sorted((tmp_path / "corpus").rglob("*.flac"))
+    write_audio(files[2], np.zeros(8000, dtype=np.float32), 8000)
+    broken = ("--max-broken", 0.5)
+    assert pack(capsys, tmp_path / "corpus", tmp_path / "whole", *broken).status == 0
+    for shard in ("3/3", "1/3", "1/3", "2/2"):
+        done = pack(capsys, tmp_path / "corpus", tmp_path / "parts", *broken, "--shard", shard)
+        assert done.status == 0, done.err
+        assert "packed; when all shards are done, run the same command without --shard" in done.out
+    (tmp_path / "parts.2-of-3.part").mkdir()
+    (tmp_path / "parts.2-of-3.part" / "samples.int16").write_bytes(b"half")
+    assert not (tmp_path / "parts").exists()
+    done = pack(capsys, tmp_path / "corpus", tmp_path / "parts", *broken)
+    assert (done.status, done.err) == (0, "")
+    rows = (tmp_path / "parts" / "utterances.jsonl").read_text().splitlines()
+    assert sum('"fault"' in row for row in rows) == 2
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "whole", "parts"}
+
+
+def test_parts_of_a_pack_that_do_not_fit(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(capsys, corpus, tmp_path / "parts", "--shard", "1/2").status == 0
+    part = tmp_path / "parts.1-of-2"
+    done = pack(capsys, corpus, tmp_path / "parts", "--keep-mean")
+    assert f"{part}: belongs to a pack of something else; remove it, and pack this shard again" in done.err
+    for name in ("samples.int16", "utterances.jsonl", "pack.json"):
+        content = (part / name).read_bytes()
+        (part / name).write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+        done = pack(capsys, corpus, tmp_path / "parts")
+        assert (done.status, done.err.count(f"{part}: is damaged; remove it, and pack this shard again")) == (2, 1)
+        (part / name).write_bytes(content)
+    assert not (tmp_path / "parts").exists()
+    with sole_writer(tmp_path / "parts.2-of-2.part"):
+        done = pack(capsys, corpus, tmp_path / "parts")
+    assert "another process" in done.err
+    assert pack(capsys, corpus, tmp_path / "parts").status == 0
 
 
 def test_an_evaluation_by_shards_has_the_same_rows(

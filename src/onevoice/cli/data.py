@@ -171,6 +171,7 @@ def pack(
     workers: int | None = None,
     engine: str = "local",
     address: str | None = None,
+    shard: str | None = None,
 ) -> None:
     """Decode corpora once into a packed corpus, from which training reads any crop in microseconds.
 
@@ -196,11 +197,14 @@ def pack(
         engine: Where processes run: local, or ray for a Ray cluster, whose machines must read the sources at the same
             place (needs onevoice[ray]).
         address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
+        shard: I/N packs only every N-th utterance, beginning with the I-th; the same command without it does the rest.
     """
     from onevoice.cluster import choose_workers
     from onevoice.corpus.listing import list_corpus, split_speakers
-    from onevoice.corpus.packing import pack_corpus
+    from onevoice.corpus.packing import pack_corpus, pack_shard
+    from onevoice.files import parse_shard
 
+    own = parse_shard(shard)
     chosen = choose_workers(engine, address, workers, os.cpu_count() or 1)
     *sources, out = _some(sources_and_out)
     if not sources:
@@ -213,16 +217,19 @@ def pack(
     if split:
         members = split_speakers(corpus.speakers, _fractions(split), seed)
         parts = {out / part: corpus.subset(names) for part, names in members.items()}
+    settings: dict[str, Any] = {
+        "sample_rate": sample_rate,
+        "workers": chosen,
+        "speeds": speeds or (),
+        "keep_mean": keep_mean,
+        "max_broken": max_broken,
+    }
     for folder, part in parts.items():
-        packed = pack_corpus(
-            part,
-            folder,
-            sample_rate=sample_rate,
-            workers=chosen,
-            speeds=speeds or (),
-            keep_mean=keep_mean,
-            max_broken=max_broken,
-        )
+        if own is not None:
+            done = pack_shard(part, folder, own, **settings)
+            print(f"{done}: packed; when all shards are done, run the same command without --shard", flush=True)
+            continue
+        packed = pack_corpus(part, folder, **settings)
         if verify:
             packed.verify()
         print(packed.summary(), flush=True)

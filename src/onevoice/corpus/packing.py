@@ -2,10 +2,14 @@
 
 A pack is written in `NAME.part`, by one process at a time, and renamed when it is complete. If packing is killed, the
 next run starts over. The same corpus and settings give the same bytes for any number of workers.
+
+A shard packs its part of the utterances into a folder of its own, `NAME.I-of-N`, which only the packing of the whole
+reads: it takes over what the shards have packed, packs the rest, and removes their folders.
 """
 
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -13,9 +17,10 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Float
@@ -29,9 +34,12 @@ from onevoice.corpus.recordings import Fault, Utterance
 from onevoice.errors import AudioError, ConfigError, CorpusError
 from onevoice.files import (
     Row,
+    Shard,
     append_whole,
     atomic_write,
     checksum,
+    shard_path,
+    shard_paths,
     sole_writer,
     storage_errors,
     to_json,
@@ -79,23 +87,66 @@ def pack_corpus(
     removed unless `keep_mean` is set (for room responses). An utterance that cannot be decoded or is silent is left
     out, and its row says why. For each of `speeds`, everything is packed again, faster (1.1) or slower (0.9), as the
     speaker `NAME@SPEED`, since this changes pitch and formants. An existing pack of the same corpus and settings is
-    left as it is.
+    left as it is. What shards have packed is taken over.
 
     Raises `CorpusError` if a share above `max_broken` is broken or `out` holds something else, and `StorageError` if
     the disk is full.
     """
     out = Path(out).absolute()
+    jobs, header = _plan(corpus, sample_rate, speeds, keep_mean, max_broken)
+    if not _is_packed(out, header):
+        _clear_unfinished_shards(out)
+        with _new_folder(out) as part, _PackedByShards(out, jobs, header["plan"]) as packed:
+            encode = functools.partial(_Encoder, sample_rate, keep_mean)
+            left = [job for number, job in enumerate(jobs) if number not in packed.places]
+            with contextlib.closing(ordered_map(encode, left, workers, _set_aside)) as made:
+                results = (
+                    packed.read(number) if number in packed.places else next(made) for number in range(len(jobs))
+                )
+                rows, digest = _write_samples(jobs, results, part, corpus, max_broken)
+            _write_index(part, header, corpus, rows, digest)
+    for folder in shard_paths(out):
+        shutil.rmtree(folder)
+    return PackedCorpus.open(out)
+
+
+def pack_shard(
+    corpus: Corpus,
+    out: str | Path,
+    shard: Shard,
+    *,
+    sample_rate: int = 16_000,
+    workers: Workers = 1,
+    speeds: Sequence[float] = (),
+    keep_mean: bool = False,
+    max_broken: float = MAX_BROKEN,
+) -> Path:
+    """Pack a shard of what `pack_corpus` packs, which takes it over, and return its folder; raises the same errors."""
+    folder = shard_path(Path(out).absolute(), shard)
+    jobs, header = _plan(corpus, sample_rate, speeds, keep_mean, max_broken)
+    header = {"plan": header["plan"], "shard": str(shard)}
+    if not _is_packed(folder, header):
+        with _new_folder(folder) as part:
+            jobs = list(shard.of(jobs))
+            encode = functools.partial(_Encoder, sample_rate, keep_mean)
+            with contextlib.closing(ordered_map(encode, jobs, workers, _set_aside)) as results:
+                rows, _ = _write_samples(jobs, results, part, corpus, max_broken)
+            atomic_write(part / ROWS, to_json_lines(rows))
+            header |= {ROWS_CHECKSUM: sha256_of(part / ROWS)}
+            atomic_write(part / HEADER, to_json({**header, CHECKSUM: checksum(header)}))
+    return folder
+
+
+def _plan(
+    corpus: Corpus, sample_rate: int, speeds: Sequence[float], keep_mean: bool, max_broken: float
+) -> tuple[list[Job], Row]:
+    """Return what is to be packed, and the header of the pack as far as it is known before."""
     _check_settings(sample_rate, speeds)
     corpus.require_usable(max_broken)
     jobs = [Job(each, speed) for group in corpus.speakers.values() for speed in (1.0, *speeds) for each in group]
     header: Row = {"format": FORMAT, "sample_rate": sample_rate, "mean_removed": not keep_mean}
     header["plan"] = _digest_of_plan(jobs, header)
-    if not _is_packed(out, header):
-        encode = functools.partial(_Encoder, sample_rate, keep_mean)
-        with _new_folder(out) as part:
-            rows, digest = _write_samples(jobs, part, encode, workers, corpus, max_broken)
-            _write_index(part, header, corpus, rows, digest)
-    return PackedCorpus.open(out)
+    return jobs, header
 
 
 def speed_suffix(speed: float) -> str:
@@ -183,22 +234,72 @@ def _new_folder(out: Path) -> Iterator[Path]:
             raise
 
 
+class _PackedByShards:
+    """What shards have packed of `jobs`. Raises `CorpusError` for a folder that is damaged or of another pack."""
+
+    def __init__(self, out: Path, jobs: Sequence[Job], plan: str) -> None:
+        self.places: dict[int, tuple[Path, int, Row]] = {}
+        """The folder, the offset in bytes and the row of each packed job, by its number in `jobs`."""
+        self._files = contextlib.ExitStack()
+        self._open: dict[Path, IO[bytes]] = {}
+        for folder in shard_paths(out):
+            shard = _read_header(folder, plan)
+            offset = 0
+            for number, line in zip(shard.of(range(len(jobs))), (folder / ROWS).read_bytes().splitlines(), strict=True):
+                row = json.loads(line)
+                self.places[number] = folder, offset, row
+                offset += 2 * row.get("samples", 0)
+
+    def __enter__(self) -> "_PackedByShards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def read(self, number: int) -> Encoded:
+        """Return the result of a job. Raises `CorpusError` if the samples are not those that the shard wrote."""
+        folder, offset, row = self.places[number]
+        if "fault" in row:
+            return Encoded(fault=row["fault"])
+        if folder not in self._open:
+            self._open[folder] = self._files.enter_context((folder / SAMPLES).open("rb"))
+        self._open[folder].seek(offset)
+        data = self._open[folder].read(2 * row["samples"])
+        if zlib.crc32(data) != row["crc32"]:
+            raise CorpusError(f"{folder}: is damaged; remove it, and pack this shard again")
+        return Encoded(data, row["source_rate"])
+
+
+def _read_header(folder: Path, plan: str) -> Shard:
+    """Return which shard a folder holds. Raises `CorpusError` if it does not belong to `plan` or is damaged."""
+    try:
+        header = json.loads((folder / HEADER).read_bytes())
+        is_damaged = header.pop(CHECKSUM) != checksum(header) or header[ROWS_CHECKSUM] != sha256_of(folder / ROWS)
+        number, _, count = header["shard"].partition("-of-")
+        shard, is_other = Shard(int(number), int(count)), header["plan"] != plan
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        is_damaged, is_other, shard = True, False, Shard(1, 1)
+    if is_damaged or is_other:
+        kind = "is damaged" if is_damaged else "belongs to a pack of something else"
+        raise CorpusError(f"{folder}: {kind}; remove it, and pack this shard again")
+    return shard
+
+
+def _clear_unfinished_shards(out: Path) -> None:
+    """Remove what killed shards left. Raises `ConfigError` if a shard is being packed."""
+    for part in out.parent.glob(f"{glob.escape(out.stem)}.*-of-*{glob.escape(out.suffix)}.part"):
+        with sole_writer(part):
+            shutil.rmtree(part)
+
+
 def _write_samples(
-    jobs: Sequence[Job],
-    part: Path,
-    make_encoder: "functools.partial[_Encoder]",
-    workers: Workers,
-    corpus: Corpus,
-    max_broken: float,
+    jobs: Sequence[Job], results: Iterable[Encoded], part: Path, corpus: Corpus, max_broken: float
 ) -> tuple[list[Row], str]:
     """Write the samples of all jobs; return a row per job and the SHA-256 of the samples."""
     rows: list[Row] = []
     faults = list(corpus.faults)
     digest = hashlib.sha256()
-    with (
-        _open_for_writing(part / SAMPLES) as stream,
-        contextlib.closing(ordered_map(make_encoder, jobs, workers, _set_aside)) as results,
-    ):
+    with _open_for_writing(part / SAMPLES) as stream:
         progress = tqdm(results, desc=str(part), total=len(jobs), unit="utterance", disable=None)
         for job, encoded in zip(jobs, progress, strict=True):
             row = _row(job, encoded)
