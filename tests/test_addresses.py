@@ -72,6 +72,39 @@ def test_an_extraction_from_and_to_addresses_has_the_same_bytes(
     assert Path("second.flac").read_bytes() == Path(f"{names[1]}.flac").read_bytes()
 
 
+def test_an_s3_server(
+    names: list[str], trials: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The client of S3 that users install, against a server of moto."""
+    moto, s3fs = (
+        pytest.importorskip(name, reason='pip install s3fs "moto[s3,server]"') for name in ("moto.server", "s3fs")
+    )
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ):
+            monkeypatch.setenv(name, value)
+        bucket = s3fs.S3FileSystem()
+        bucket.mkdir("bucket")
+        given = [f"{names[0]}-{kind}.wav" for kind in ("mixed", "ref")]
+        for name in given:
+            bucket.put_file(str(trials / name), f"bucket/in/{name}")
+        done = command(capsys, "extract", *(f"s3://bucket/in/{name}" for name in given), "s3://bucket/a.flac", *WEIGHTS)
+        assert done.status == 0, done.err
+        assert command(capsys, "extract", *(trials / name for name in given), "a.flac", *WEIGHTS).status == 0
+        assert bucket.cat_file("bucket/a.flac") == Path("a.flac").read_bytes()
+        done = command(capsys, "extract", "s3://bucket/in/none.wav", trials / given[1], "b.flac", *WEIGHTS)
+        assert (done.status, done.err) == (2, "onevoice: error: s3://bucket/in/none.wav: no such file\n")
+    finally:
+        server.stop()
+
+
 def test_addresses_that_cannot_be_used(names: list[str], memory: Any, capsys: pytest.CaptureFixture[str]) -> None:
     mixture, voice = (f"memory://in/{names[0]}-{kind}.wav" for kind in ("mixed", "ref"))
     memory.pipe("/there.wav", b"")

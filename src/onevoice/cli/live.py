@@ -40,7 +40,7 @@ def live(
         seconds: Stop after this time.
         force: Replace the output if it exists.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
-            By default, the first published ones of a causal network.
+            By default, the newest published ones of a causal network.
     """
     from onevoice.extraction.enrollment import enroll_files
     from onevoice.extraction.extractor import load

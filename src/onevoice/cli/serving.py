@@ -48,7 +48,7 @@ def serve(
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
             By default, the ones that come with onevoice.
         live: The weights of a causal network for live sound, named in the same way. By default, those of --pretrained
-            if they are causal, or the first published ones that are.
+            if they are causal, or the newest published ones that are.
         max_streams: Live streams at a time; more are refused.
         precision: Of the matrix products: float32 or bfloat16; auto is bfloat16 if the processor computes in it.
         device: Where to run the network: cpu, cuda, cuda:1 or mps; auto takes the fastest one available.

@@ -209,8 +209,8 @@ def list_devices() -> str:
 
 
 def find_causal_weights() -> str:
-    """Return the name of the first published weights that can run in a stream. Raises `ConfigError`."""
-    for name in read_registry().weights:
+    """Return the name of the newest published weights that can run in a stream. Raises `ConfigError`."""
+    for name in reversed(read_registry().weights):
         if getattr(read_card(WEIGHTS / f"{name}.safetensors").config, "causal", False):
             return name
     raise ConfigError(
