@@ -116,7 +116,7 @@ class PlainBandSplit:
 
     def __call__(self, audio: Tensor, embedding: Tensor) -> Tensor:
         model, c = self.model, self.config
-        window = torch.hann_window(c.window).sqrt()
+        window = torch.hann_window(c.window, dtype=audio.dtype).sqrt()
         padded = F.pad(audio, (0, -audio.shape[1] % c.hop))
         spectrum = (
             torch.stft(padded, c.window, c.hop, window=window, pad_mode="constant", return_complex=True) / c.hop**0.5

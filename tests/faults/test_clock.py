@@ -6,11 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-from tiny import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults
+import pytest
 
 
 @pytest.fixture(scope="module")

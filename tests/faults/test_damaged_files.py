@@ -2,16 +2,16 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import ROOT, command
+from tiny import command
 
 from onevoice.cli import main
 from onevoice.corpus.pack import CHECKSUM, Header, PackedCorpus
@@ -20,9 +20,6 @@ from onevoice.extraction.checkpoint import Card, load_checkpoint, load_tensors
 from onevoice.extraction.pickled import load_pickled
 from onevoice.extraction.voice import Voice, load_voice
 from onevoice.files import CHECKSUM_KEY
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import fuzz
 
 
 @pytest.fixture(scope="module")

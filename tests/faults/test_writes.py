@@ -1,16 +1,13 @@
 """A disk that is full or read-only at one write, and from then on; `benchmarks/faults.py` tries all commands."""
 
 import errno
-import sys
 from pathlib import Path
 
+import faults
 import pytest
-from tiny import ROOT, command, save_tiny
+from tiny import command, save_tiny
 
 from onevoice import files
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import faults
 
 
 @pytest.fixture(scope="module")

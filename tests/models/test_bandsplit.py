@@ -6,6 +6,7 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
+from plain_layers import PlainBandSplit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +35,15 @@ def network(config: BandSplitConfig = CONFIG) -> BandSplitExtractor:
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_the_network_against_plain_layers() -> None:
+    """With torch's own layers, written apart from the blocks: the baseline of the speed benchmarks."""
+    model = network()
+    audio, embedding = noise(2, 9 * CONFIG.hop + 5), model._embed(noise(2, 3000, seed=2), None)
+    wanted = PlainBandSplit(model)(audio, embedding)
+    assert torch.allclose(model._extract(audio, embedding, None)[0], wanted, atol=1e-10)
 
 
 @pytest.mark.parametrize("samples", [1, 127, 128, 129, 1000])

@@ -1,19 +1,15 @@
 """Made conversations: what a track, an overlap and a diarization error are."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from make_conversations import RATE, draw_conversations, is_speaking, make_conversation
-from tiny import ROOT
 from voices import make_corpus
+from voices_quality import diarization_error
 
 from onevoice.corpus.listing import list_corpus
 from onevoice.rng import derive
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from voices_quality import diarization_error
 
 
 def speech() -> dict[str, np.ndarray]:

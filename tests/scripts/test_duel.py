@@ -1,16 +1,13 @@
 """The bench for ideas: configs trained for equal time on the same draws."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from duel import Contender
 from tiny import ROOT
 from toy_runs import forked_process, write_experiment
 from voices import make_trials
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from duel import Contender
 
 ROW = re.compile(r"(plain|small) +([\d.]+) +(\d+) +[\d.]+ +-?[\d.]+ +-?[\d.]+ ± [\d.]+ +-?[\d.]+ +\d+%")
 
