@@ -101,7 +101,8 @@ class MultiLoss:
     """SI-SDR in dB of a perfect estimate; needed if mixtures can be the target alone. Null is the paper's loss."""
     level: NonNegativeFloat = 0.0
     """Weight of the level error per dB. SI-SDR ignores the level, so without this weight a network can learn silence
-    for absent targets by turning down everything."""
+    for absent targets by turning down everything. If a share p of the items has an absent target, weights above
+    p / (1 − p) make sure that this costs more than it gains."""
 
     def __post_init__(self) -> None:
         """Check that the first estimate has a weight, and the estimates in total."""
