@@ -64,9 +64,9 @@ def test_a_switch_keeps_the_position(sample: Path, tmp_path: Path) -> None:
         slider.value = 3; slider.dispatchEvent(new Event("input"));
         for (const radio of radios) { radio.click(); seen.push(+slider.value); }
         all(".play")[0].click();
-        for (let n = 0; n < 100 && all("audio")[2].currentTime <= 3; n++) await wait(0.05);
+        for (let n = 0; n < 1000 && all("audio")[2].currentTime <= 3; n++) await wait(0.05);
         return [...seen, all("audio")[2].currentTime > 3];
-        """,
+        """, seconds=60,
     )  # fmt: skip
     assert opened.console == []
     assert opened.found == [3, 3, 3, True]
