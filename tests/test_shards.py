@@ -113,6 +113,12 @@ def test_parts_of_a_pack_that_do_not_fit(corpus: Path, tmp_path: Path, capsys: p
         done = pack(capsys, corpus, tmp_path / "parts")
     assert "another process" in done.err
     assert pack(capsys, corpus, tmp_path / "parts").status == 0
+    for name in ("parts.1-of-9", "others.1-of-9.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+        done = pack(capsys, corpus, tmp_path / name.partition(".")[0])
+        assert (done.status, done.err.count("\n")) == (2, 1), done.err
+        assert (tmp_path / name / "thesis.txt").exists()
 
 
 def test_an_evaluation_by_shards_has_the_same_rows(

@@ -17,7 +17,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -97,15 +97,15 @@ def pack_corpus(
     if not _is_packed(out, header):
         _clear_unfinished_shards(out)
         with _new_folder(out) as part, _PackedByShards(out, jobs, header["plan"]) as packed:
-            encode = functools.partial(_Encoder, sample_rate, keep_mean)
             left = [job for number, job in enumerate(jobs) if number not in packed.places]
-            with contextlib.closing(ordered_map(encode, left, workers, _set_aside)) as made:
+            with _encode(left, sample_rate, keep_mean, workers) as made:
                 results = (
                     packed.read(number) if number in packed.places else next(made) for number in range(len(jobs))
                 )
                 rows, digest = _write_samples(jobs, results, part, corpus, max_broken)
             _write_index(part, header, corpus, rows, digest)
     for folder in shard_paths(out):
+        _read_header(folder, header["plan"])
         shutil.rmtree(folder)
     return PackedCorpus.open(out)
 
@@ -124,12 +124,11 @@ def pack_shard(
     """Pack a shard of what `pack_corpus` packs, which takes it over, and return its folder; raises the same errors."""
     folder = shard_path(Path(out).absolute(), shard)
     jobs, header = _plan(corpus, sample_rate, speeds, keep_mean, max_broken)
-    header = {"plan": header["plan"], "shard": str(shard)}
+    header = {"plan": header["plan"], "shard": [shard.number, shard.count]}
     if not _is_packed(folder, header):
         with _new_folder(folder) as part:
             jobs = list(shard.of(jobs))
-            encode = functools.partial(_Encoder, sample_rate, keep_mean)
-            with contextlib.closing(ordered_map(encode, jobs, workers, _set_aside)) as results:
+            with _encode(jobs, sample_rate, keep_mean, workers) as results:
                 rows, _ = _write_samples(jobs, results, part, corpus, max_broken)
             atomic_write(part / ROWS, to_json_lines(rows))
             header |= {ROWS_CHECKSUM: sha256_of(part / ROWS)}
@@ -178,6 +177,14 @@ class _Encoder:
         return Encoded(encoded.astype("<i2").tobytes(), source_rate)
 
 
+def _encode(
+    jobs: Sequence[Job], sample_rate: int, keep_mean: bool, workers: Workers
+) -> contextlib.closing[Generator[Encoded, None, None]]:
+    """Return the results of the jobs in order, to be closed at the end."""
+    make_encoder = functools.partial(_Encoder, sample_rate, keep_mean)
+    return contextlib.closing(ordered_map(make_encoder, jobs, workers, _set_aside))
+
+
 def _set_aside(job: Job, reason: str) -> Encoded:
     """Return the result of a job that took down its workers."""
     return Encoded(fault=reason)
@@ -219,11 +226,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """Give an empty folder to write to, named `out` at the end; what a killed run left there is removed."""
     part = out.with_name(f"{out.name}.part")
     if part.exists():
-        foreign = [path for path in part.iterdir() if path.name not in (SAMPLES, INDEX, ROWS, HEADER)]
-        if any(not path.name.startswith(".") for path in foreign):
-            raise CorpusError(f"{foreign[0]}: is in the way of packing; move it, or choose another folder")
-        with sole_writer(part):
-            shutil.rmtree(part)
+        _clear(part)
     with sole_writer(part):
         try:
             yield part
@@ -275,8 +278,7 @@ def _read_header(folder: Path, plan: str) -> Shard:
     try:
         header = json.loads((folder / HEADER).read_bytes())
         is_damaged = header.pop(CHECKSUM) != checksum(header) or header[ROWS_CHECKSUM] != sha256_of(folder / ROWS)
-        number, _, count = header["shard"].partition("-of-")
-        shard, is_other = Shard(int(number), int(count)), header["plan"] != plan
+        shard, is_other = Shard(*header["shard"]), header["plan"] != plan
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         is_damaged, is_other, shard = True, False, Shard(1, 1)
     if is_damaged or is_other:
@@ -288,8 +290,16 @@ def _read_header(folder: Path, plan: str) -> Shard:
 def _clear_unfinished_shards(out: Path) -> None:
     """Remove what killed shards left. Raises `ConfigError` if a shard is being packed."""
     for part in out.parent.glob(f"{glob.escape(out.stem)}.*-of-*{glob.escape(out.suffix)}.part"):
-        with sole_writer(part):
-            shutil.rmtree(part)
+        _clear(part)
+
+
+def _clear(part: Path) -> None:
+    """Remove what a killed run left. Raises `CorpusError` if something else is there, `ConfigError` if one runs."""
+    foreign = [path for path in part.iterdir() if path.name not in (SAMPLES, INDEX, ROWS, HEADER)]
+    if any(not path.name.startswith(".") for path in foreign):
+        raise CorpusError(f"{foreign[0]}: is in the way of packing; move it, or choose another folder")
+    with sole_writer(part):
+        shutil.rmtree(part)
 
 
 def _write_samples(
