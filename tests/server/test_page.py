@@ -289,6 +289,14 @@ def test_live_sound(browser: Any, address: str, shots: Path, sounds: Path, servi
 
 def test_live_sound_that_ends_says_why(browser: Any, address: str, shots: Path, service: Service) -> None:
     tab = Tab(browser, f"{address}/#live", shots, permissions=["microphone"])
+    tab.page.evaluate(  # slow sound hardware: the server may refuse while it starts
+        """() => {
+            const resume = AudioContext.prototype.resume;
+            AudioContext.prototype.resume = function () {
+                return new Promise((then) => setTimeout(then, 300)).then(() => resume.call(this));
+            };
+        }"""
+    )
     with contextlib.ExitStack() as stack:
         for _ in range(service.settings.max_streams):
             stack.enter_context(service.streaming())

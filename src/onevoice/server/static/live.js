@@ -144,13 +144,13 @@ const begin = async () => {
     const volume = new GainNode(context, {gain: $("#live-listen").checked ? 1 : 0});
     $("#live-listen").onchange = () => { volume.gain.value = $("#live-listen").checked ? 1 : 0; };
     context.createMediaStreamSource(stream).connect(node).connect(volume).connect(context.destination);
-    const socket = run.socket = connect(context.sampleRate);
-    closing.push(() => socket.close(), follow(socket, node, context));
     await context.resume();
+    $("#live-toggle").classList.add("recording");
+    $("#live-toggle span:last-child").textContent = "Stop";
+    sayState("Connecting…");
+    const socket = run.socket = connect(context.sampleRate);  // last: what closes it resets the button
+    closing.push(() => socket.close(), follow(socket, node, context));
   } catch (error) { stop(); throw error; }
-  $("#live-toggle").classList.add("recording");
-  $("#live-toggle span:last-child").textContent = "Stop";
-  sayState("Connecting…");
 };
 
 const takeVoice = async (file) => {
