@@ -107,7 +107,7 @@ def compare(options: argparse.Namespace, engines: dict[str, Workers], folder: Pa
     results = run_jobs(jobs, opening, Settings(force=True))
     next(results)
     begin = time.process_time()
-    done = sum(result.seconds for result in results if not isinstance(result, Failure))
+    done = sum(result.seconds for _, result in results if not isinstance(result, Failure))
     spent = time.process_time() - begin
     print(f"one process: {done / spent:.1f} s of sound per second of processor time, after the first item", flush=True)
     print(f"{'':8}{'start, s':>10}{'item, s':>10}{'Ray / pool':>12}{'empty, ms':>11}")
@@ -117,7 +117,7 @@ def compare(options: argparse.Namespace, engines: dict[str, Workers], folder: Pa
         for name in sorted(engines, reverse=number % 2 == 0):
             workers = engines[name]
             runs[name] = timed(run_jobs(jobs, opening, Settings(force=True), workers), options.workers)
-            assert not any(isinstance(result, Failure) for result in runs[name].results)
+            assert not any(isinstance(result, Failure) for _, result in runs[name].results)
             nothing[name] = timed(ordered_map(make_nothing, range(options.empty), workers), options.workers).item
         ratios.append(runs["Ray"].item / runs["pool"].item)
         extra.append(nothing["Ray"] - nothing["pool"])

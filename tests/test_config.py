@@ -145,6 +145,7 @@ WRONG = {
     "data.validation=null": "data.validation: input should be an object, not null",
     "data={}": "data.train: is required and missing; data.validation: is required and missing",
     "model.kernel_size=2": "model: kernel_size must be odd, not 2",
+    "model.window_seconds=[0.002,0.01,1e308]": "a number is too large (cannot convert float infinity to integer)",
     "model.name=wesep": "model.name: input should be one of 'spexplus', 'bandsplit', not \"wesep\"",
 }
 
@@ -199,6 +200,11 @@ def test_paths_do_not_show_the_members_of_unions(values: dict[str, Any], message
     with pytest.raises(ConfigError) as error:
         from_dict(Drawing, values)
     assert str(error.value) == f"config: {message}"
+
+
+def test_a_section_of_earlier_versions_must_be_an_object() -> None:
+    with pytest.raises(ConfigError, match=r"\(top level\): input should be an object, not 1"):
+        from_dict(Experiment, 1)
 
 
 def test_a_docstring_under_a_field_describes_it() -> None:

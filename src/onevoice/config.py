@@ -83,15 +83,17 @@ def refuse_nul(values: Json, name: str) -> None:
         raise ConfigError(f"{name}: a string has the character NUL (\\u0000); remove it")
 
 
-def from_dict(kind: type[Section], values: Mapping[str, Any], name: str = "config") -> Section:
+def from_dict(kind: type[Section], values: object, name: str = "config") -> Section:
     """Build the section `kind` from plain JSON values and check all of them; error messages start with `name`.
 
     If the section has a static method `upgrade`, it rewrites the values of earlier versions first.
     """
     upgrade = getattr(kind, "upgrade", None)
-    values = values if upgrade is None else upgrade(values)
+    values = upgrade(values) if upgrade is not None and isinstance(values, Mapping) else values
     try:
         return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except OverflowError as error:  # of a check in a section
+        raise ConfigError(f"{name}: a number is too large ({error})") from error
     except ValidationError as error:
         problems = "; ".join(_explain(kind, item) for item in error.errors(include_url=False))
         raise ConfigError(f"{name}: {problems}") from error

@@ -14,7 +14,8 @@ from onevoice.errors import ConfigError
 from onevoice.evaluation.demo import SAMPLES
 from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.presence import FLOOR_DB, FRAME_SECONDS, Presence, join, measure_presence, write_timeline
-from onevoice.extraction.recording import extract_file, parse_absent
+from onevoice.extraction.recording import extract_file
+from onevoice.extraction.request import parse_absent
 from onevoice.extraction.windows import Spool
 
 RATE = 1000

@@ -17,7 +17,8 @@ from onevoice.audio import read_audio, resample, write_audio
 from onevoice.errors import AudioError, CheckpointError, ConfigError
 from onevoice.extraction import windows
 from onevoice.extraction.extractor import Extractor, load
-from onevoice.extraction.recording import check_files, extract_file, parse_channel
+from onevoice.extraction.recording import extract_file
+from onevoice.extraction.request import Request, parse_channel
 from onevoice.extraction.voice import Voice as SavedVoice
 
 
@@ -189,7 +190,7 @@ def test_independent_channels_are_averaged(extractor: Extractor, place: Path) ->
 def test_a_channel_that_is_not_there(extractor: Extractor, place: Path, name: str) -> None:
     write_channels("two.wav", speech(0), speech(1))
     with pytest.raises(AudioError, match=rf"two\.wav: has no channel {name}, only 1 to 2"):
-        check_files("two.wav", "voice.wav", "o.wav", channel=parse_channel(name))
+        Request("two.wav", "voice.wav", "o.wav", channel=parse_channel(name)).check()
     with pytest.raises(ConfigError, match="'left' is not a channel; give 1, 2, …, mean or each"):
         parse_channel("left")
 

@@ -147,6 +147,7 @@ def test_a_second_data_set_is_named() -> None:
         ("arch.args.L", 42, r"^arch\.args\.L: must be 40 to match the other sizes, not 42$"),
         ("arch.args.embed_dim", "wide", r"^arch\.args\.embed_dim: must be a whole number above 0, not 'wide'$"),
         ("metrics", ["SNR"], r"^metrics: 'SNR' has no counterpart; choose SISPDRMetric or PESQMetric$"),
+        ("trainer.save_dir", {"a": 1}, r"^trainer\.save_dir: must be a string, not \{'a': 1\}$"),
         ("preprocessing.sr", 0, r"^preprocessing\.sr: must be a whole number above 0, not 0$"),
         ("arch.args", 3, r"^arch\.args: must be an object, not 3$"),
     ],

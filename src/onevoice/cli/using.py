@@ -85,7 +85,7 @@ def extract(
     """
     from onevoice.cluster import choose_workers
     from onevoice.extraction.jobs import Settings
-    from onevoice.extraction.recording import parse_absent, parse_channel
+    from onevoice.extraction.request import parse_absent, parse_channel
     from onevoice.files import parse_shard
 
     settings = Settings(parse_channel(channel), force, parse_absent(absent))
@@ -103,13 +103,15 @@ def extract(
             raise ConfigError("--timeline and --report: are for one mixture; name them in a job list (--list)")
         todo = [replace(todo[0], timeline=timeline, report=report)]
     load = functools.partial(_load, pretrained, config, device, precision)
-    _do_jobs(todo, settings, load, workers, results, parse_shard(shard))
+    _do_jobs(todo, settings, load, device, workers, results, parse_shard(shard))
 
 
-def _do_jobs(todo: list[Any], settings: Any, load: Any, workers: Any, results: Path | None, shard: Any) -> None:
+def _do_jobs(
+    todo: list[Any], settings: Any, load: Any, device: str, workers: Any, results: Path | None, shard: Any
+) -> None:
     """Do the jobs, or those of one shard that have no row in `results` yet, and print what became of them."""
     from onevoice.extraction.job_results import JobResults
-    from onevoice.extraction.jobs import check_jobs, run_jobs
+    from onevoice.extraction.jobs import check_jobs, jobs_together, run_jobs
 
     with contextlib.ExitStack() as stack:
         append = None
@@ -122,13 +124,14 @@ def _do_jobs(todo: list[Any], settings: Any, load: Any, workers: Any, results: P
         check_jobs(todo, settings)
         if results is not None:
             append = stack.enter_context(kept.appending())
-        found = run_jobs(todo, load, settings, workers, stack.enter_context(_progress()))
-        _print_results(_recorded(todo, found, append), len(todo), any(job.output == "-" for job in todo))
+        progress, together = stack.enter_context(_progress()), jobs_together(device, workers)
+        found = run_jobs(todo, load, settings, workers, progress, together)
+        _print_results(_recorded(found, append), len(todo), any(job.output == "-" for job in todo))
 
 
-def _recorded(jobs: list[Any], results: Iterable[Any], append: Callable[[Any, Any], None] | None) -> Iterator[Any]:
-    """Yield the results, each after its row is written."""
-    for job, result in zip(jobs, results, strict=True):
+def _recorded(results: Iterable[tuple[Any, Any]], append: Callable[[Any, Any], None] | None) -> Iterator[Any]:
+    """Yield what became of each job, after its row is written."""
+    for job, result in results:
         if append is not None:
             append(job, result)
         yield result

@@ -19,8 +19,9 @@ import numpy as np
 from onevoice.addresses import as_address, local_copy
 from onevoice.audio import Mono, require_file, resample
 from onevoice.errors import AudioError, ConfigError
+from onevoice.extraction.arrays import mix_down
 from onevoice.extraction.discovery import RATE, FoundVoice, embed_stretches, find_voices
-from onevoice.extraction.extractor import Extractor, check_enrollment, load, mix_down
+from onevoice.extraction.extractor import Extractor, check_enrollment, load
 from onevoice.extraction.vad import Stretch, as_mask, find_speech
 from onevoice.extraction.voice import EXTENSION, Voice, load_voice
 from onevoice.streams import is_here, open_source

@@ -13,6 +13,7 @@ Rules for every use of a model:
 - Long recordings are processed in windows (`windows`), in constant memory.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -25,17 +26,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from onevoice.audio import (
-    Mono,
-    require_finite,
-    require_not_silent,
-    require_sample_rate,
-    resample,
-    resample_blocks,
-    to_mono,
-)
+from onevoice.audio import Mono, require_not_silent, require_sample_rate, resample, resample_blocks
 from onevoice.errors import AudioError, ConfigError
+from onevoice.extraction.arrays import as_given, as_mono
+from onevoice.extraction.batches import by_length
 from onevoice.extraction.checkpoint import Card, load_model, resolve
 from onevoice.extraction.engine import FirstVoice, TorchEngine
 from onevoice.extraction.presence import THRESHOLD_DB, Presence, measure_presence
@@ -59,9 +55,6 @@ MIN_ENROLLMENT_SECONDS = 0.5
 MAX_GAIN = 2.0
 """Largest gain (6 dB) for the estimate of a network with a level of its own."""
 
-CANCELLATION = 0.1
-"""Channels cancel if their mean has less than this share of the power that independent channels would leave."""
-
 Precision = Literal["auto", "float32", "bfloat16"]
 """Of the matrix products in `Extractor.extract`; speaker embeddings and `Extractor.estimate` are always float32."""
 
@@ -75,6 +68,8 @@ class Extractor:
         self.model = model.eval()
         self.card = card
         self.precision: Precision = pick_precision(self.device) if precision == "auto" else precision
+        self.takes_batches = self.device.type != "cpu"
+        """Take several recordings through the network at once; on a processor it is no faster."""
 
     @property
     def sample_rate(self) -> int:
@@ -131,7 +126,7 @@ class Extractor:
         extraction. Raises `AudioError` for empty, silent, NaN or too short input.
         """
         given = [recordings] if isinstance(recordings, np.ndarray | Tensor) else list(recordings)
-        sounds = [_as_mono(each, "enrollment") for each in given]
+        sounds = [as_mono(each, "enrollment") for each in given]
         rates = [sample_rate] * len(sounds) if isinstance(sample_rate, int) else list(sample_rate)
         if not sounds or len(rates) != len(sounds):
             raise AudioError("enrollment: no recordings, or not one rate for each; give one or more")
@@ -190,14 +185,19 @@ class Extractor:
         """
         require_sample_rate(sample_rate, "mixture")
         batch = mixture if isinstance(mixture, list) else [mixture]
-        sounds = [_as_mono(each, "mixture") for each in batch]
+        sounds = [as_mono(each, "mixture") for each in batch]
         if not isinstance(voice, Voice):
             rate = sample_rate if enrollment_sample_rate is None else enrollment_sample_rate
             voice = self.enroll(voice, rate)
         results = []
-        for given, sound in zip(batch, sounds, strict=True):
-            estimate = np.concatenate(list(self.extract_chunks([sound], sample_rate, voice)))
-            results.append(_as_given(estimate, given))
+        with contextlib.ExitStack() as stack:
+            pairs = [(stack.enter_context(Spool()), stack.enter_context(Spool())) for _ in sounds]
+            for (heard, _), sound in zip(pairs, sounds, strict=True):
+                fill_spools([heard], [sound[:, None]], sample_rate, self.sample_rate)
+            gains = self.separate_all([(*pair, voice) for pair in pairs])
+            for given, sound, (_, estimate), gain in zip(batch, sounds, pairs, gains, strict=True):
+                blocks = at_rate(estimate, gain, self.sample_rate, sample_rate, len(sound))
+                results.append(as_given(np.concatenate(list(blocks)), given))
         return results if isinstance(mixture, list) else results[0]
 
     def extract_with_presence(
@@ -210,13 +210,13 @@ class Extractor:
         """
         self.require_level()
         require_sample_rate(sample_rate, "mixture")
-        sound = _as_mono(mixture, "mixture")
+        sound = as_mono(mixture, "mixture")
         with Spool() as heard, Spool() as estimate:
             fill_spools([heard], [sound[:, None]], sample_rate, self.sample_rate)
             gain = self.separate(heard, estimate, voice)
             presence = self.presence(heard, estimate)
             blocks = at_rate(estimate, gain, self.sample_rate, sample_rate, len(sound), presence, absent_db)
-            result: Any = _as_given(np.concatenate(list(blocks)), mixture)
+            result: Any = as_given(np.concatenate(list(blocks)), mixture)
         return result, presence
 
     def presence(self, mixture: Spool, estimate: Spool) -> Presence:
@@ -237,7 +237,7 @@ class Extractor:
         The level of the whole matters, so nothing comes out before the last chunk is in. The lengths add up to the
         length of the recording. Raises `AudioError` for a recording that is empty or not finite.
         """
-        blocks = (_as_mono(chunk, "mixture")[:, None] for chunk in chunks)
+        blocks = (as_mono(chunk, "mixture")[:, None] for chunk in chunks)
         with Spool() as mixture, Spool() as estimate:
             samples, _ = fill_spools([mixture], blocks, sample_rate, self.sample_rate)
             if not samples:
@@ -268,6 +268,38 @@ class Extractor:
             estimate.append(core)
             report(estimate.samples)
         return least_residual_gain(estimate.blocks(), mixture.blocks(), self.max_gain)
+
+    def separate_all(self, recordings: Sequence[tuple[Spool, Spool, Voice]]) -> list[float]:
+        """Do for several mixtures, each with its estimate and voice, what `separate` does; return the gains.
+
+        On an accelerator, mixtures of similar length that fit a window go through the network together. Samples may
+        then differ from those of `separate` by rounding.
+        """
+        if self.takes_batches:
+            plans = [make_plan(self.card.config, mixture.samples) for mixture, _, _ in recordings]
+            lengths = {index: plan.samples for index, plan in enumerate(plans) if plan.count == 1}
+            for group in by_length(lengths, self.sample_rate):
+                with contextlib.suppress(torch.OutOfMemoryError):  # then one by one, below
+                    self._estimate_batch([recordings[index] for index in group])
+        return [self.separate(*recording) for recording in recordings]
+
+    @torch.inference_mode()
+    def _estimate_batch(self, recordings: Sequence[tuple[Spool, Spool, Voice]]) -> None:
+        """Append to each estimate all that the network makes of its mixture; one alone is left to `separate`."""
+        if len(recordings) == 1:
+            return
+        for _, _, voice in recordings:
+            voice.require_model(self.model_hash)
+        sounds = [torch.from_numpy(mixture.read(0, mixture.samples)) for mixture, _, _ in recordings]
+        lengths = torch.tensor([len(sound) for sound in sounds])
+        embeddings = torch.cat([voice.embedding for _, _, voice in recordings])
+        audio, embeddings, lengths = (
+            each.to(self.device) for each in (pad_sequence(sounds, batch_first=True), embeddings, lengths)
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            found = self.model.extract(audio, embeddings, lengths)[0].float().cpu()
+        for (_, estimate, _), row, sound in zip(recordings, found, sounds, strict=True):
+            estimate.append(row[: len(sound)].numpy())
 
     @torch.inference_mode()
     def estimate(self, batch: Batch) -> Float[Tensor, "batch samples"]:
@@ -352,43 +384,3 @@ def at_rate(
         left -= len(block[:left])
     if left:  # converting the rate back and forth may be off by a sample
         yield np.zeros(left, np.float32)
-
-
-def channels_cancel(powers: Float[np.ndarray, " channels"], mean_power: float) -> bool:
-    """Check whether channels cancel in their mean, as a recording with inverted polarity in one channel does.
-
-    Takes the power of each channel and of their mean. Independent channels leave the sum of their powers, divided by
-    the square of their number.
-    """
-    return len(powers) > 1 and mean_power < CANCELLATION * float(powers.sum()) / len(powers) ** 2
-
-
-def mix_down(channels: Float[np.ndarray, "channels samples"]) -> Mono:
-    """Average the channels; if they cancel each other, return the loudest one."""
-    mean = to_mono(channels)
-    powers = np.square(channels, dtype=np.float64).mean(axis=1)
-    if channels_cancel(powers, float(np.square(mean, dtype=np.float64).mean())):
-        return np.ascontiguousarray(channels[int(powers.argmax())])
-    return mean
-
-
-def _as_mono(samples: Any, name: str) -> Mono:
-    array = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else samples
-    if not isinstance(array, np.ndarray):
-        raise AudioError(f"{name}: is a {type(samples).__name__}; give a NumPy array or a tensor")
-    if np.issubdtype(array.dtype, np.integer):
-        raise AudioError(f"{name}: has integer samples ({array.dtype}); divide by their full scale to get ±1.0 floats")
-    if array.ndim not in (1, 2):
-        raise AudioError(f"{name}: has shape {array.shape}; give (samples,) or (channels, samples)")
-    if array.ndim == 2 and array.shape[0] > array.shape[1]:
-        raise AudioError(f"{name}: has shape {array.shape}, more channels than samples; transpose it")
-    array = np.ascontiguousarray(array, dtype=np.float32)
-    require_finite(array, name)
-    return array if array.ndim == 1 else mix_down(array)
-
-
-def _as_given(estimate: Mono, given: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Return the estimate in the type, and on the device, of the mixture."""
-    if isinstance(given, Tensor):
-        return torch.from_numpy(estimate).to(given.device, given.dtype)
-    return estimate.astype(given.dtype) if np.issubdtype(given.dtype, np.floating) else estimate

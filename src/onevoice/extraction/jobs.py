@@ -21,11 +21,15 @@ from onevoice.config import STRICT, from_dict, refuse_nul
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.enrollment import as_places, enroll_files
 from onevoice.extraction.extractor import Extractor, load
-from onevoice.extraction.recording import Channel, Extraction, check_files, extract_file, parse_absent, parse_channel
+from onevoice.extraction.recording import Extraction, extract_files
+from onevoice.extraction.request import Channel, Request, parse_absent, parse_channel
 from onevoice.extraction.voice import Voice
+from onevoice.models.base import pick_device
 from onevoice.processes import ordered_map
 from onevoice.streams import PIPE, check_outputs
 
+GROUP = 32
+"""Jobs that a worker with an accelerator takes at once."""
 PATTERN_SIGNS = "*?["
 """Signs that make a name a glob pattern, unless a file has that name."""
 
@@ -155,10 +159,7 @@ def check_jobs(jobs: Sequence[Job], settings: Settings) -> None:
     outputs = [name for job in jobs for name in (job.output, job.residual)]
     check_outputs(outputs, inputs, settings.force, [name for job in jobs for name in (job.timeline, job.report)])
     for job in jobs:
-        check_files(
-            job.mixture, job.voice, job.output, job.residual, job.timeline, job.report,
-            channel=settings.channel, force=settings.force,
-        )  # fmt: skip
+        _request(job, job.voice, settings).check()
     if not settings.force:
         addresses = [address for name in outputs if name is not None and (address := as_address(name))]
         with ThreadPoolExecutor(32) as pool:
@@ -173,46 +174,71 @@ def run_jobs(
     settings: Settings,
     workers: Workers = 1,
     report: Callable[[float], None] | None = None,
-) -> Iterator[Extraction | Failure]:
-    """Do the jobs and yield what became of each, in order. A job that fails does not stop the others.
+    together: int = 1,
+) -> Iterator[tuple[Job, Extraction | Failure]]:
+    """Do the jobs and yield each with what became of it. A job that fails does not stop the others.
 
-    Each of the `workers` processes loads the network once, so `load` must be picklable. `report` gets the share that is
-    done of the current job; with several processes nothing is reported in between. On a cluster, call `check_jobs`
-    first: a job whose worker was lost is done again, and replaces what that worker may have written.
+    Each of the `workers` processes loads the network once, so `load` must be picklable. It takes `together` jobs at
+    once, in their order: more than one is for accelerators. `report` gets the share that is done of the current job;
+    with several processes or jobs at once, nothing is reported in between. On a cluster, call `check_jobs` first: a job
+    whose worker was lost is done again, and replaces what that worker may have written. Jobs that took down their
+    workers together are done again at the end, one by one.
     """
     if isinstance(workers, Cluster):
         settings = replace(settings, force=True)
     make_work = functools.partial(_start, load, settings, report if workers == 1 else None)
-    results = ordered_map(make_work, jobs, workers, lambda job, why: Failure(job, f"{job.mixture}: {why}"))
-    with contextlib.closing(results):
-        yield from results
+    groups = [tuple(jobs[first : first + together]) for first in range(0, len(jobs), together)]
+    suspects: list[Job] = []
+
+    def set_aside(group: tuple[Job, ...], why: str) -> list[Extraction | Failure]:
+        if len(group) > 1:
+            suspects.extend(group)
+            return []
+        return [Failure(group[0], f"{group[0].mixture}: {why}")]
+
+    with contextlib.closing(ordered_map(make_work, groups, workers, set_aside)) as results:
+        for group, done in zip(groups, results, strict=True):
+            yield from zip(group, done, strict=bool(done))
+    if suspects:
+        yield from run_jobs(suspects, load, settings, workers)
+
+
+def jobs_together(device: str, workers: Workers) -> int:
+    """Return how many jobs a worker is to take at once on a device of this name."""
+    if isinstance(workers, Cluster):
+        return GROUP if workers.gpus else 1
+    return 1 if pick_device(device).type == "cpu" else GROUP
+
+
+def _request(job: Job, voice: Voice | str | tuple[str, ...], settings: Settings) -> Request:
+    return Request(
+        job.mixture, voice, job.output, job.residual, settings.channel, settings.force, settings.absent_db,
+        job.timeline, job.report,
+    )  # fmt: skip
 
 
 def _start(
     load: Callable[[], Extractor], settings: Settings, report: Callable[[float], None] | None
-) -> Callable[[Job], Extraction | Failure]:
+) -> Callable[[Sequence[Job]], list[Extraction | Failure]]:
     extractor = load()
     voices: dict[str | tuple[str, ...], Voice] = {}
 
-    def work(job: Job) -> Extraction | Failure:
+    def prepare(job: Job) -> Request | OnevoiceError:
         try:
             if job.voice not in voices:
                 voices[job.voice] = enroll_files(extractor, job.voice)
-            return extract_file(
-                extractor,
-                job.mixture,
-                voices[job.voice],
-                job.output,
-                job.residual,
-                channel=settings.channel,
-                force=settings.force,
-                absent_db=settings.absent_db,
-                timeline=job.timeline,
-                page=job.report,
-                report=report or (lambda share: None),
-            )
         except OnevoiceError as error:
-            return Failure(job, str(error))
+            return error
+        return _request(job, voices[job.voice], settings)
+
+    def work(jobs: Sequence[Job]) -> list[Extraction | Failure]:
+        prepared = [prepare(job) for job in jobs]
+        results = iter(extract_files(extractor, [each for each in prepared if isinstance(each, Request)], report))
+        done = [next(results) if isinstance(each, Request) else each for each in prepared]
+        return [
+            Failure(job, str(each)) if isinstance(each, OnevoiceError) else each
+            for job, each in zip(jobs, done, strict=True)
+        ]
 
     return work
 
@@ -225,7 +251,8 @@ class ExtractBatch:
 
     A batch maps the columns of a job list (mixture, voice, output, …) to sequences of names. The result has these
     columns, the `seconds` of each recording, and its `error`, which is empty if there was none. The network is loaded
-    at the first batch, and each voice is computed once. Outputs that exist are replaced only with `force`.
+    at the first batch, and each voice is computed once. On an accelerator, recordings of similar length in a batch go
+    through the network together. Outputs that exist are replaced only with `force`.
     """
 
     checkpoint: str | None = None
@@ -238,7 +265,7 @@ class ExtractBatch:
     precision: str = "auto"
 
     @functools.cached_property
-    def _work(self) -> Callable[[Job], Extraction | Failure]:
+    def _work(self) -> Callable[[Sequence[Job]], list[Extraction | Failure]]:
         settings = Settings(parse_channel(self.channel), self.force, parse_absent(self.absent))
         return _start(functools.partial(load, self.checkpoint, None, self.device, self.precision), settings, None)
 
@@ -250,7 +277,7 @@ class ExtractBatch:
         """Do the job of each row. Raises `ConfigError` for rows that are no jobs."""
         columns = {name: [_plain(value) for value in values] for name, values in batch.items()}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        results = [self._work(from_dict(Job, row, name=f"row {number}")) for number, row in enumerate(rows)]
+        results = self._work([from_dict(Job, row, name=f"row {number}") for number, row in enumerate(rows)])
         return {
             **batch,
             "seconds": np.array([0.0 if isinstance(result, Failure) else result.seconds for result in results]),

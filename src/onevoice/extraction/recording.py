@@ -10,32 +10,36 @@
 import contextlib
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from onevoice.addresses import as_address, exists
 from onevoice.audio import BLOCK, Block, Mono, to_mono
-from onevoice.errors import AudioError, ConfigError
-from onevoice.extraction.enrollment import Spec, as_places, check_voice, enroll_files
-from onevoice.extraction.extractor import Extractor, at_rate, channels_cancel
-from onevoice.extraction.presence import TIMELINES, Presence, join, write_timeline
+from onevoice.errors import AudioError, ConfigError, OnevoiceError
+from onevoice.extraction.arrays import channels_cancel
+from onevoice.extraction.enrollment import Spec, enroll_files
+from onevoice.extraction.extractor import Extractor, at_rate
+from onevoice.extraction.presence import Presence, join, write_timeline
 from onevoice.extraction.report import extraction_report
+from onevoice.extraction.request import Channel, Request
 from onevoice.extraction.voice import Voice
 from onevoice.extraction.windows import Spool, fill_spools, make_plan
 from onevoice.files import atomic_write, storage_errors
-from onevoice.streams import PIPE, Source, check_outputs, is_here, keeps_peaks, open_source, write_together
+from onevoice.streams import Source, is_here, keeps_peaks, open_source, write_together
 
-Channel = int | Literal["mean", "each"]
-"""A channel counted from 1, their average, or each one by itself."""
 FULL_SCALE = 32767 / 32768
 """The largest peak in a file with integer samples."""
+MAX_THREADS = 8
+"""Threads that decode and write several files."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,23 @@ class Track:
     """Where the voice is heard in it."""
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A mixture that was decoded, on its way to its output."""
+
+    request: Request
+    source: Source
+    voice: Voice
+    channel: Channel
+    """The channel that is used: one of those that cancel each other, in place of their mean."""
+    samples: int
+    """Per channel of the file."""
+    tracks: list[Track]
+    paths: list[Path | None]
+    """Where the estimate of each track is kept while it grows; None for what is quickly done again."""
+    notes: list[str]
+
+
 def extract_file(
     extractor: Extractor,
     mixture: str | Path,
@@ -90,121 +111,111 @@ def extract_file(
 ) -> Extraction:
     """Extract a voice from the file `mixture` and write it to `output`, at the rate and length of the mixture.
 
-    `voice` comes from `Extractor.enroll`, or names recordings (`enrollment`). `residual` gets mixture − estimate.
-    `-` is standard input or output. WAV is written as 32-bit float: nothing clips, and output + residual is the mixture
-    up to float32 rounding. In other formats, one gain turns both down if a peak would exceed full scale. `report` gets
-    the share that is done, 0 to 1. Files that exist are replaced only with `force`.
-
-    The output is turned down by `absent_db` where the voice is not heard; infinity mutes. `timeline` receives the
-    stretches in which it is heard (.csv, .rttm, or .txt for Audacity), and `page` an HTML page about the extraction,
-    which calls the mixture `shown_name`, and then names no other file either.
+    The arguments are the fields of `Request`. WAV is written as 32-bit float: nothing clips, and output + residual is
+    the mixture up to float32 rounding. In other formats, one gain turns both down if a peak would exceed full scale.
+    `report` gets the share that is done, 0 to 1.
 
     Raises `AudioError`, `ConfigError`, `StorageError` and `MissingDependencyError`.
     """
+    request = Request(mixture, voice, output, residual, channel, force, absent_db, timeline, page, shown_name)
+    return _extract(extractor, request, report)
+
+
+def extract_files(
+    extractor: Extractor, requests: Sequence[Request], report: Callable[[float], None] | None = None
+) -> list[Extraction | OnevoiceError]:
+    """Do several requests; return the result of each, or its error.
+
+    With an accelerator, the network takes recordings of similar length together, and threads decode and write. Then the
+    elapsed time is that of all, divided by their number, and nothing is reported in between.
+    """
+    if not extractor.takes_batches:
+        return [_or_error(_extract, extractor, request, report or (lambda share: None)) for request in requests]
     begin = time.perf_counter()
-    _check_names(mixture, voice, output, residual, timeline, page, force)
-    for address in [] if force else [as_address(each) for each in (output, residual) if each is not None]:
+    with contextlib.ExitStack() as stack:
+        stacks = [stack.enter_context(contextlib.ExitStack()) for _ in requests]
+        pool = stack.enter_context(ThreadPoolExecutor(MAX_THREADS))
+        heard = list(pool.map(lambda *pair: _or_error(_hear, extractor, *pair), requests, stacks))
+        recordings = [
+            (track.mixture, track.estimate, each.voice)
+            for each in heard if isinstance(each, Heard)
+            for track in each.tracks
+        ]  # fmt: skip
+        gains = iter(extractor.separate_all(recordings))
+        own = [[next(gains) for _ in each.tracks] if isinstance(each, Heard) else [] for each in heard]
+        done = list(
+            pool.map(
+                lambda each, gains: _or_error(_finish, extractor, each, gains) if isinstance(each, Heard) else each,
+                heard,
+                own,
+            )
+        )
+    elapsed = (time.perf_counter() - begin) / max(1, len(requests))
+    return [each if isinstance(each, OnevoiceError) else replace(each, elapsed_seconds=elapsed) for each in done]
+
+
+def _extract(extractor: Extractor, request: Request, report: Callable[[float], None]) -> Extraction:
+    begin = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        heard = _hear(extractor, request, stack)
+        done = _finish(extractor, heard, _separate(extractor, heard, report))
+    return replace(done, elapsed_seconds=time.perf_counter() - begin)
+
+
+def _or_error(function: Callable[..., T], *arguments: Any) -> T | OnevoiceError:
+    try:
+        return function(*arguments)
+    except OnevoiceError as error:
+        return error
+
+
+def _hear(extractor: Extractor, request: Request, stack: contextlib.ExitStack) -> Heard:
+    """Look at the files of a request, and decode its mixture. The stack closes what is open."""
+    request.check_names()
+    outputs = [each for each in (request.output, request.residual) if each is not None]
+    for address in [] if request.force else map(as_address, outputs):
         if address is not None and exists(address):
             raise ConfigError(f"{address}: exists; choose another name, or overwrite it with --force")
-    if absent_db or timeline is not None:
+    if request.absent_db or request.timeline is not None:
         extractor.require_level()
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(open_source(mixture))
-        _require_channel(source, channel)
-        if not isinstance(voice, Voice):
-            voice = enroll_files(extractor, voice)
-        folder = _make_folder(Path(output)) if is_here(output) else None
-        spools, samples, channel, notes = _hear(source, channel, extractor.sample_rate, folder, stack)
-        paths = _estimate_paths(extractor, source, voice, output, channel, spools)
-        estimates = [stack.enter_context(Spool(folder, path)) for path in paths]
-        tracks = [Track(*pair) for pair in zip(spools, estimates, strict=True)]
-        tracks = _separate(extractor, tracks, voice, report)
-        notes += [*voice.warnings, *_swapped(voice, samples / source.sample_rate)]
-        heard = [track.presence for track in tracks if track.presence is not None]
-        presence = join(heard) if heard else None
-        notes += _write(extractor.sample_rate, source, channel, samples, tracks, absent_db, output, residual)
-        if timeline is not None and presence is not None:
-            write_timeline(presence, Path(timeline), Path(source.name).stem, Path((*voice.sources, "voice")[0]).stem)
-        if page is not None:
-            files = {"mixture": source.name, "output": str(output)} if shown_name is None else {"mixture": shown_name}
-            about = {**files, "channel": channel, "absent_db": absent_db}
-            first = tracks[0]
-            content = extraction_report(
-                extractor, files["mixture"], first.mixture, first.estimate, first.gain, presence, voice, about
-            )
-            atomic_write(Path(page), content.encode())
-        for path in filter(None, paths):
-            path.unlink(missing_ok=True)
-    seconds = samples / source.sample_rate
-    return Extraction(source.name, str(output), seconds, time.perf_counter() - begin, tuple(notes), presence)
+    source = stack.enter_context(open_source(request.mixture))
+    request.require_channel(source)
+    voice = request.voice if isinstance(request.voice, Voice) else enroll_files(extractor, request.voice)
+    voice.require_model(extractor.model_hash)
+    folder = _make_folder(Path(request.output)) if is_here(request.output) else None
+    spools, samples, channel, notes = _decode(source, request.channel, extractor.sample_rate, folder, stack)
+    paths = _estimate_paths(extractor, source, voice, request.output, channel, spools)
+    estimates = [stack.enter_context(Spool(folder, path)) for path in paths]
+    tracks = [Track(*pair) for pair in zip(spools, estimates, strict=True)]
+    notes += [*voice.warnings, *_swapped(voice, samples / source.sample_rate)]
+    return Heard(request, source, voice, channel, samples, tracks, paths, notes)
 
 
-def check_files(
-    mixture: str | Path,
-    voice: Voice | Spec | Sequence[Spec],
-    output: str | Path,
-    residual: str | Path | None = None,
-    timeline: str | Path | None = None,
-    page: str | Path | None = None,
-    *,
-    channel: Channel = "mean",
-    force: bool = False,
-) -> None:
-    """Look at inputs and outputs before long work, as far as they are here. Raises what `extract_file` does."""
-    if not isinstance(voice, Voice):
-        check_voice(voice)
-    _check_names(mixture, voice, output, residual, timeline, page, force)
-    if is_here(mixture):
-        with open_source(mixture) as source:
-            _require_channel(source, channel)
-
-
-def _check_names(
-    mixture: str | Path,
-    voice: Voice | Spec | Sequence[Spec],
-    output: str | Path,
-    residual: str | Path | None,
-    timeline: str | Path | None,
-    page: str | Path | None,
-    force: bool,
-) -> None:
-    """Check, without opening a file, that the names go together and that the outputs can be written."""
-    enrollments = [] if isinstance(voice, Voice) else [place.path for place in as_places(voice)]
-    if (str(mixture) == PIPE and PIPE in enrollments) or enrollments.count(PIPE) > 1:
-        raise ConfigError("-: standard input cannot be both the mixture and the voice; name a file for one")
-    if str(output) == PIPE and residual is not None and str(residual) == PIPE:
-        raise ConfigError("-: standard output cannot be both the output and the residual; name a file for one")
-    _require_extension(timeline, "timeline", TIMELINES)
-    _require_extension(page, "report", (".html", ".htm"))
-    check_outputs([output, residual], [mixture, *enrollments], force, [timeline, page])
-
-
-def _require_extension(path: str | Path | None, option: str, extensions: Collection[str]) -> None:
-    if path is not None and Path(path).suffix.lower() not in extensions:
-        raise ConfigError(f"--{option}: {path} must end in {', '.join(extensions)}")
-
-
-def parse_absent(text: str) -> float:
-    """Return how far `--absent` turns the output down, in dB: keep, mute, or a number. Raises `ConfigError`."""
-    named = {"keep": 0.0, "mute": math.inf}
-    try:
-        level = named[text] if text in named else float(text)
-    except ValueError:
-        level = math.nan
-    if not level >= 0:
-        raise ConfigError(f"absent: {text!r} is none of keep, mute and a number of dB; give 30 to turn down by 30 dB")
-    return level
-
-
-def parse_channel(text: str) -> Channel:
-    """Return the channel that an option names. Raises `ConfigError`."""
-    if text == "mean":
-        return "mean"
-    if text == "each":
-        return "each"
-    if not text.isdecimal():
-        raise ConfigError(f"channel: {text!r} is not a channel; give 1, 2, …, mean or each")
-    return int(text)
+def _finish(extractor: Extractor, heard: Heard, gains: Sequence[float]) -> Extraction:
+    """Write what a request asks for, once the network has run over its tracks."""
+    request, source, tracks = heard.request, heard.source, []
+    for track, gain in zip(heard.tracks, gains, strict=True):
+        has_level = extractor.card.config.has_level
+        presence = extractor.presence(track.mixture, track.estimate) if has_level else None
+        tracks.append(replace(track, gain=gain, presence=presence))
+    where = [track.presence for track in tracks if track.presence is not None]
+    presence = join(where) if where else None
+    notes = heard.notes + _write(extractor.sample_rate, heard, tracks)
+    if request.timeline is not None and presence is not None:
+        speaker = Path((*heard.voice.sources, "voice")[0]).stem
+        write_timeline(presence, Path(request.timeline), Path(source.name).stem, speaker)
+    if request.page is not None:
+        shown = request.shown_name
+        files = {"mixture": source.name, "output": str(request.output)} if shown is None else {"mixture": shown}
+        about = {**files, "channel": heard.channel, "absent_db": request.absent_db}
+        first = tracks[0]
+        content = extraction_report(
+            extractor, files["mixture"], first.mixture, first.estimate, first.gain, presence, heard.voice, about
+        )
+        atomic_write(Path(request.page), content.encode())
+    for path in filter(None, heard.paths):
+        path.unlink(missing_ok=True)
+    return Extraction(source.name, str(request.output), heard.samples / source.sample_rate, 0.0, tuple(notes), presence)
 
 
 def _swapped(voice: Voice, seconds: float) -> list[str]:
@@ -212,11 +223,6 @@ def _swapped(voice: Voice, seconds: float) -> list[str]:
     if voice.check_up is None or voice.check_up.people < 2 or voice.check_up.seconds < seconds:
         return []
     return ["the enrollment is not shorter than the mixture and has several voices: were they swapped?"]
-
-
-def _require_channel(source: Source, channel: Channel) -> None:
-    if isinstance(channel, int) and not 1 <= channel <= source.channels:
-        raise AudioError(f"{source.name}: has no channel {channel}, only 1 to {source.channels}")
 
 
 def _make_folder(output: Path) -> Path:
@@ -232,7 +238,7 @@ def pick(block: Block, channel: Channel) -> Float[np.ndarray, "_block _picked"]:
     return to_mono(block.T)[:, None] if channel == "mean" else block[:, channel - 1 : channel]
 
 
-def _hear(
+def _decode(
     source: Source, channel: Channel, rate: int, folder: Path | None, stack: contextlib.ExitStack
 ) -> tuple[list[Spool], int, Channel, list[str]]:
     """Decode the mixture into one spool per track at the network's rate.
@@ -256,7 +262,7 @@ def _hear(
         raise AudioError(f"{source.name}: holds no samples")
     if channel == "mean" and channels_cancel(powers, mean_power):
         loudest = int(powers.argmax()) + 1
-        spools, samples, _, notes = _hear(source, loudest, rate, folder, stack)
+        spools, samples, _, notes = _decode(source, loudest, rate, folder, stack)
         return spools, samples, loudest, [*notes, f"its channels cancel each other, so channel {loudest} was used"]
     return spools, samples, channel, ["the recording is silent, so the output is too"] if is_silent.all() else []
 
@@ -281,20 +287,17 @@ def _estimate_paths(
     return [path.with_name(f".{path.name}.{key}.{index}.spool") for index in range(len(spools))]
 
 
-def _separate(extractor: Extractor, tracks: list[Track], voice: Voice, report: Callable[[float], None]) -> list[Track]:
-    """Run the network over each track; return the tracks with their gains."""
-    done = []
-    for index, track in enumerate(tracks):
+def _separate(extractor: Extractor, heard: Heard, report: Callable[[float], None]) -> list[float]:
+    """Run the network over each track; return the gains of the estimates."""
+    gains = []
+    for index, track in enumerate(heard.tracks):
 
         def progress(samples: int, index: int = index, total: int = track.mixture.samples) -> None:
-            report((index + samples / total) / len(tracks))
+            report((index + samples / total) / len(heard.tracks))
 
-        gain = extractor.separate(track.mixture, track.estimate, voice, progress)
-        has_level = extractor.card.config.has_level
-        presence = extractor.presence(track.mixture, track.estimate) if has_level else None
-        done.append(replace(track, gain=gain, presence=presence))
+        gains.append(extractor.separate(track.mixture, track.estimate, heard.voice, progress))
     report(1.0)
-    return done
+    return gains
 
 
 class _TooLoudError(Exception):
@@ -305,28 +308,23 @@ class _TooLoudError(Exception):
         self.peak = peak
 
 
-def _write(
-    rate: int,
-    source: Source,
-    channel: Channel,
-    samples: int,
-    tracks: list[Track],
-    absent_db: float,
-    output: str | Path,
-    residual: str | Path | None,
-) -> list[str]:
+def _write(rate: int, heard: Heard, tracks: Sequence[Track]) -> list[str]:
     """Write the output and the residual, turned down if a format needs it; return what the user should know."""
+    request, source = heard.request, heard.source
 
     def attempt(volume: float) -> None:
         columns = [
-            at_rate(track.estimate, track.gain, rate, source.sample_rate, samples, track.presence, absent_db)
+            at_rate(
+                track.estimate, track.gain, rate, source.sample_rate, heard.samples, track.presence, request.absent_db
+            )
             for track in tracks
         ]
         estimates = regroup(columns)
+        output, residual = request.output, request.residual
         paths = [output] if residual is None else [residual, output]
         limited, peak = [not keeps_peaks(path) for path in paths], 0.0
-        with write_together(paths, source.sample_rate, len(tracks), samples) as writers:
-            for sounds in _with_residual(source, channel, estimates) if residual is not None else zip(estimates):
+        with write_together(paths, source.sample_rate, len(tracks), heard.samples) as writers:
+            for sounds in _with_residual(source, heard.channel, estimates) if residual is not None else zip(estimates):
                 for write, is_limited, sound in zip(writers, limited, sounds, strict=True):
                     scaled = sound if volume == 1.0 else (volume * sound).astype(np.float32)
                     if is_limited:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onevoice.errors import ConfigError
-from onevoice.extraction.recording import Channel, parse_absent, parse_channel
+from onevoice.extraction.request import Channel, parse_absent, parse_channel
 from onevoice.server.problems import ProblemError, invalid, of_fields
 from onevoice.server.schemas import Id
 from onevoice.server.uploads import Form

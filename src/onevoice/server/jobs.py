@@ -16,7 +16,8 @@ import onevoice.server.schemas as schemas
 from onevoice.extraction.enrollment import Place, enroll_files
 from onevoice.extraction.extractor import Extractor
 from onevoice.extraction.presence import Presence
-from onevoice.extraction.recording import Channel, Extraction, extract_file
+from onevoice.extraction.recording import Extraction, extract_file
+from onevoice.extraction.request import Channel
 from onevoice.extraction.voice import Voice
 from onevoice.server.folders import remove
 from onevoice.server.metrics import Metrics

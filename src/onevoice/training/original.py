@@ -47,6 +47,13 @@ class Reader:
         """Return the value of a key; afterwards it counts as read."""
         return self.values.pop(key, default)
 
+    def text(self, key: str, default: str) -> str:
+        """Return a string."""
+        value = self.take(key, default)
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.path}.{key}: must be a string, not {value!r}")
+        return value
+
     def count(self, key: str, default: int) -> int:
         """Return a whole number above 0."""
         value = self.take(key, default)
@@ -111,7 +118,7 @@ def translate_experiment(values: Mapping[str, Any]) -> Translation:
     result.values = {
         "name": top.take("name", "original"),
         "seed": SEED,
-        "runs_folder": str(PurePosixPath(trainer.take("save_dir", "saved"))),
+        "runs_folder": str(PurePosixPath(trainer.text("save_dir", "saved"))),
         "model": _model(top),
         "data": _data(top.section("data")),
         "loss": _loss(top),
@@ -211,10 +218,10 @@ def _folder(split: Reader) -> str:
         split.left_out.append(f"{split.path}.datasets[{number}] (put all trials into one folder)")
     first = Reader({"datasets[0]": datasets[0]}, split.path, split.left_out)
     kind, args = first.arguments("datasets[0]", "MixedLibrispeechDataset", "MixedGeneralDataset")
-    folder = PurePosixPath(str(args.take("data_dir", ".")))
+    folder = PurePosixPath(args.text("data_dir", "."))
     args.leave_out("index_dir", "no index file is needed")
     if kind == "MixedLibrispeechDataset":
-        folder /= str(args.take("part", ""))
+        folder /= args.text("part", "")
     args.finish()
     return str(folder)
 
