@@ -1,6 +1,7 @@
 """The wheel: the same bytes from any folder, and everything that a bare environment needs to extract a voice."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -8,9 +9,13 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib.metadata import requires, version
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny import ROOT
 
 
@@ -52,6 +57,27 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
 def package_files() -> list[Path]:
     files = (ROOT / "src/onevoice").rglob("*")
     return [path for path in files if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_the_sbom_lists_all_that_is_needed(tmp_path: Path) -> None:
+    """Every dependency of the package, with its version, and what it needs in turn.
+
+    The check of the schema is left out: for hundreds of packages, it takes longer than all else.
+    """
+    command = [sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject", str(ROOT / "pyproject.toml")]
+    options = ["--output-reproducible", "--no-validate", "-o", str(tmp_path / "sbom.json")]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    sbom = json.loads((tmp_path / "sbom.json").read_text(encoding="utf-8"))
+    assert sbom["bomFormat"] == "CycloneDX"
+    assert sbom["metadata"]["component"]["name"] == "onevoice"
+    listed = {each["purl"].partition("?")[0]: each["bom-ref"] for each in sbom["components"] if "purl" in each}
+    graph = {each["ref"]: set(each.get("dependsOn", ())) for each in sbom["dependencies"]}
+    needed = [Requirement(line) for line in requires("onevoice") or []]
+    names = [canonicalize_name(each.name) for each in needed if each.marker is None]
+    assert "torch" in names
+    refs = {listed[f"pkg:pypi/{name}@{quote(version(name))}"] for name in names}
+    assert refs <= graph[sbom["metadata"]["component"]["bom-ref"]]
+    assert graph[listed[f"pkg:pypi/torch@{quote(version('torch'))}"]]
 
 
 def test_a_bare_environment_runs_the_demo(wheel: Path, tmp_path: Path) -> None:

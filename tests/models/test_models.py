@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from onevoice.config import STRICT, from_dict, to_dict
 from onevoice.errors import ConfigError
-from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig
+from onevoice.models import MODELS, ModelConfig, Network, SpExPlus, SpExPlusConfig, build
 from onevoice.models.layers import GlobalNorm, SpeechDecoder, TemporalBlock, ValidBatchNorm
 
 
@@ -235,6 +235,12 @@ def test_wrong_configs_name_the_key(change: dict[str, object], message: str) -> 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("hidden", [10**12, 2**64])
+def test_sizes_that_no_memory_can_hold(hidden: int) -> None:
+    with pytest.raises(ConfigError, match=r"^model: cannot be built in these sizes"):
+        build(SpExPlusConfig(hidden=hidden))
+
+
 def test_decoder_is_a_transposed_convolution() -> None:
     torch.manual_seed(0)
     decoder = SpeechDecoder(filters=6, window=16, hop=4)

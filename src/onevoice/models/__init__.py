@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from onevoice.errors import ConfigError
 from onevoice.models.bandsplit import BandSplitExtractor
 from onevoice.models.bandsplit_blocks import BandSplitConfig
 from onevoice.models.base import Batch, Network, NetworkConfig, Prediction, to_network
@@ -38,10 +39,19 @@ else:
 
 
 def build(config: ModelConfig) -> Network:
-    """Return the network that a config describes, with random weights."""
+    """Return the network that a config describes, with random weights.
+
+    Raises `ConfigError` for sizes that no memory can hold.
+    """
     with warnings.catch_warnings():  # without training speakers, the classifier is empty
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        return MODELS[config.name](config)
+        try:
+            return MODELS[config.name](config)
+        except (RuntimeError, MemoryError, TypeError) as error:
+            if isinstance(error, TypeError) and "Overflow" not in str(error):
+                raise
+            reason = str(error).splitlines()[0][:150]
+            raise ConfigError(f"model: cannot be built in these sizes ({reason})") from error
 
 
 __all__ = [
