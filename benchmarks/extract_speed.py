@@ -1,11 +1,13 @@
 """How fast a voice is extracted: the network alone, and the command on files of any length.
 
     python benchmarks/extract_speed.py [--threads 2] [--repeats 5] [--seconds 10 600 3600] [--pretrained NAME]
+        [--device cpu]
 
-The first table is for 10 s of sound: the plain layers of torch with the same sizes (`plain_layers.py`), ours in float32
-and bfloat16, and the exported network in ONNX Runtime and OpenVINO if they are installed. Runs alternate; the table
-shows medians, and how far an estimate is from that of float32.
-The second table runs the command as a process on the sample recording, tiled to a length, in stereo at 44.1 kHz:
+The first table is for 10 s of sound on the processor: the plain layers of torch with the same sizes
+(`plain_layers.py`), ours in float32 and bfloat16, and the exported network in ONNX Runtime and OpenVINO if they are
+installed. Runs alternate; the table shows medians, and how far an estimate is from that of float32.
+Then a list of 32 mixtures of 1 to 10 s goes through the network of a device one by one, and in batches by length.
+The last table runs the command as a process on the sample recording, tiled to a length, in stereo at 44.1 kHz:
 seconds of sound per second of time and of processor time, and peak memory. Its first row is the start-up.
 
 On a free machine, compare the times; on a busy one, the processor times with `--threads 1`, because threads that wait
@@ -105,6 +107,26 @@ def measure_network(pretrained: str | None, repeats: int, threads: int) -> None:
         print(f"{name:14}{speeds}{far}", flush=True)
 
 
+def measure_batches(pretrained: str | None, device: str, repeats: int) -> None:
+    """Print the speed of a list of mixtures, one by one and in batches; runs alternate."""
+    extractor = load(pretrained, device=device, precision="auto")
+    rate = extractor.sample_rate
+    voice = extractor.enroll(read_audio(SAMPLES / "enrollment.flac")[0], 16_000)
+    sound = read_audio(SAMPLES / "mixture.flac", rate)[0]
+    sounds = [np.resize(sound, round(seconds * rate)) for seconds in np.linspace(1, 10, 32)]
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(repeats + 1):
+        for extractor.takes_batches in times:
+            begin = time.perf_counter()
+            extractor.extract(sounds, rate, voice)
+            if turn:  # the first one warms up
+                times[extractor.takes_batches].append(time.perf_counter() - begin)
+    total = sum(map(len, sounds)) / rate
+    single, together = (total / statistics.median(each) for each in times.values())
+    words = f"one by one {single:.1f}x real time, in batches {together:.1f}x ({together / single:.2f}x)"
+    print(f"32 mixtures of 1 to 10 s on {device}: {words}", flush=True)
+
+
 def write_recording(path: Path, seconds: float) -> None:
     sound = resample(read_audio(SAMPLES / "mixture.flac")[0], 16_000, 44_100)
     left = round(seconds * 44_100)
@@ -134,12 +156,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs="*", default=[10, 600, 3600])
     parser.add_argument("--pretrained")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     keep_freed_memory()
     measure_network(options.pretrained, options.repeats, options.threads)
-    chosen = ["--precision", options.precision]
+    measure_batches(options.pretrained, options.device, options.repeats)
+    chosen = ["--precision", options.precision, "--device", options.device]
     chosen += ["--pretrained", options.pretrained] if options.pretrained else []
     with tempfile.TemporaryDirectory() as folder:
         starts = [run_command(Path(folder), 1, chosen) for _ in range(3)]
