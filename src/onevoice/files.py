@@ -104,7 +104,7 @@ def require_writable(path: Path) -> None:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         probe = folder / _temporary_name(path)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another thread may have the same one
 
 
 def atomic_write(path: Path, data: bytes | Callable[[Path], None], *, durable: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Several recordings through the network at once, as on an accelerator."""
 
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from onevoice.audio import read_audio, write_audio
 from onevoice.cluster import Cluster
 from onevoice.errors import CheckpointError, ConfigError
 from onevoice.extraction import jobs, windows
-from onevoice.extraction.batches import BATCH_SECONDS, MAX_PADDING, by_length
+from onevoice.extraction.batches import BATCH_SECONDS, GROUP, MAX_PADDING, by_length
 from onevoice.extraction.extractor import Extractor
 from onevoice.extraction.jobs import Failure, Job, Settings, jobs_together, run_jobs
 from onevoice.extraction.recording import Extraction, extract_files
@@ -106,8 +107,11 @@ def test_a_batch_without_memory_goes_on_one_by_one(
 ) -> None:
     extract = extractor.model.extract
 
+    refused = []
+
     def small(audio: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         if len(audio) > 1:
+            refused.append(len(audio))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return extract(audio, *arguments, **options)
 
@@ -117,7 +121,7 @@ def test_a_batch_without_memory_goes_on_one_by_one(
     batches.clear()
     monkeypatch.setattr(extractor.model, "extract", small)
     together = extractor.extract(sounds, 8000, voice)
-    assert batches == [1, 1]
+    assert (refused, batches) == ([2], [1, 1])
     for ours, alone in zip(together, expected, strict=True):
         np.testing.assert_array_equal(ours, alone)
 
@@ -143,6 +147,56 @@ def test_a_bad_request_does_not_stop_the_others(extractor: Extractor, batches: l
     assert sorted(path.name for path in tmp_path.glob("*.out.wav")) == ["a.out.wav", "c.out.wav"]
     total = read_audio(tmp_path / "c.out.wav")[0] + read_audio(tmp_path / "rest.wav")[0]
     np.testing.assert_allclose(total, read_audio(tmp_path / "c.wav")[0], atol=1e-6)
+
+
+def test_long_recordings_go_by_themselves_and_are_reported(
+    extractor: Extractor, batches: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "EXACT_CORE_SECONDS", 2.0)
+    monkeypatch.setattr(windows, "WHOLE_SECONDS", 6.0)
+    voice = extractor.enroll(Voice.number(0).say(2, 2.0), 8000)
+    for name, seconds in (("a", 1.0), ("long", 12.0), ("b", 1.0)):
+        write_audio(tmp_path / f"{name}.wav", recording(seconds), 8000)
+    requests = [Request(tmp_path / f"{name}.wav", voice, tmp_path / f"{name}.out.wav") for name in ("a", "long", "b")]
+    batches.clear()
+    shares: list[float] = []
+    results = extract_files(extractor, requests, shares.append)
+    assert batches.pop() == 2
+    assert set(batches) == {1}
+    assert len(shares) > 3
+    assert (shares, shares[-1]) == (sorted(shares), 1.0)
+    outputs = [result.output for result in results if isinstance(result, Extraction)]
+    assert outputs == [str(request.output) for request in requests]
+
+
+def test_two_requests_for_one_output(extractor: Extractor, tmp_path: Path) -> None:
+    """As on a processor, the second one is refused, unless it may replace what is there."""
+    voice = extractor.enroll(Voice.number(0).say(2, 2.0), 8000)
+    write_audio(tmp_path / "a.wav", recording(1.0), 8000)
+    write_audio(tmp_path / "b.wav", recording(1.0, offset=0.1)[::-1].copy(), 8000)
+    requests = [Request(tmp_path / f"{name}.wav", voice, tmp_path / "new" / "out.wav") for name in ("a", "b")]
+    first, second = extract_files(extractor, requests)
+    assert isinstance(first, Extraction)
+    assert "out.wav: exists" in str(second)
+    kept = (tmp_path / "new" / "out.wav").read_bytes()
+    again = extract_files(extractor, [replace(request, force=True) for request in requests])
+    assert all(isinstance(result, Extraction) for result in again)
+    assert (tmp_path / "new" / "out.wav").read_bytes() != kept
+
+
+def test_many_requests_are_held_in_groups(
+    extractor: Extractor, batches: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onevoice.extraction.recording.GROUP", 2)
+    monkeypatch.setattr("onevoice.extraction.extractor.GROUP", 2)
+    voice = extractor.enroll(Voice.number(0).say(2, 2.0), 8000)
+    write_audio(tmp_path / "a.wav", recording(1.0), 8000)
+    batches.clear()
+    extract_files(extractor, [Request(tmp_path / "a.wav", voice, tmp_path / f"{number}.wav") for number in range(5)])
+    assert batches == [2, 2, 1]
+    batches.clear()
+    extractor.extract([recording(1.0)] * 5, 8000, voice)
+    assert batches == [2, 2, 1]
 
 
 # Jobs -----------------------------------------------------------------------------------------------------------
@@ -195,10 +249,12 @@ def test_a_group_that_takes_down_its_workers_is_tried_one_by_one(
 
 
 def test_only_accelerators_take_jobs_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jobs_together("cpu", 1) == 1
-    assert jobs_together("auto", Cluster()) == 1
-    assert jobs_together("cuda", Cluster(gpus=1)) == jobs.GROUP
+    assert jobs_together("cpu", 1, 10**6) == 1
+    assert jobs_together("auto", Cluster(), 10**6) == 1
+    assert jobs_together("cuda", Cluster(gpus=1), 10**6) == GROUP
+    assert jobs_together("cuda", Cluster(workers=2, gpus=1), 64) == 8
+    assert jobs_together("cuda", Cluster(gpus=1), 3) == 1
     with pytest.raises(ConfigError, match="device: torch finds no device 'tpu9'"):
-        jobs_together("tpu9", 1)
+        jobs_together("tpu9", 1, 9)
     monkeypatch.setattr(jobs, "pick_device", torch.device)
-    assert jobs_together("cuda:1", 1) == jobs.GROUP
+    assert jobs_together("cuda:1", 1, 10**6) == GROUP

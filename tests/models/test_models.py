@@ -234,13 +234,13 @@ def test_wrong_configs_name_the_key(change: dict[str, object], message: str) -> 
 # Blocks against torch's own layers
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("hidden", [10**12, 2**64])
 def test_sizes_that_no_memory_can_hold(hidden: int) -> None:
     with pytest.raises(ConfigError, match=r"^model: cannot be built in these sizes"):
         build(SpExPlusConfig(hidden=hidden))
 
 
+@torch.no_grad()
 def test_decoder_is_a_transposed_convolution() -> None:
     torch.manual_seed(0)
     decoder = SpeechDecoder(filters=6, window=16, hop=4)

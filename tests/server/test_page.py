@@ -287,16 +287,36 @@ def test_live_sound(browser: Any, address: str, shots: Path, sounds: Path, servi
     tab.context.close()
 
 
+SLOW_START = """() => {
+    const resume = AudioContext.prototype.resume;
+    window.begun = window.started = false;
+    AudioContext.prototype.resume = async function () {
+        window.begun = true;
+        await new Promise((then) => setTimeout(then, 300));
+        await resume.call(this).catch(() => {});
+        window.started = true;
+    };
+}"""
+"""Sound hardware that is slow to start."""
+
+
+def test_live_sound_that_is_stopped_while_it_starts(browser: Any, address: str, shots: Path, service: Service) -> None:
+    tab = Tab(browser, f"{address}/#live", shots, permissions=["microphone"])
+    tab.page.evaluate(SLOW_START)
+    connections: list[str] = []
+    tab.page.on("websocket", lambda socket: connections.append(socket.url))
+    tab.page.click("#live-toggle")
+    tab.until("window.begun")
+    tab.page.click("#live-toggle")
+    tab.until("window.started")
+    assert tab.page.inner_text("#live-toggle") == "Start"
+    assert (tab.page.inner_text("#error"), connections, tab.words) == ("", [], [])
+    tab.context.close()
+
+
 def test_live_sound_that_ends_says_why(browser: Any, address: str, shots: Path, service: Service) -> None:
     tab = Tab(browser, f"{address}/#live", shots, permissions=["microphone"])
-    tab.page.evaluate(  # slow sound hardware: the server may refuse while it starts
-        """() => {
-            const resume = AudioContext.prototype.resume;
-            AudioContext.prototype.resume = function () {
-                return new Promise((then) => setTimeout(then, 300)).then(() => resume.call(this));
-            };
-        }"""
-    )
+    tab.page.evaluate(SLOW_START)  # the server refuses at once
     with contextlib.ExitStack() as stack:
         for _ in range(service.settings.max_streams):
             stack.enter_context(service.streaming())

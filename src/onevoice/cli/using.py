@@ -71,8 +71,8 @@ def extract(
         timeline: Also write when the voice is heard: .csv, .rttm, or .txt for Audacity. For one mixture.
         report: Also write an HTML page with players, spectrograms and the presence of the voice. For one mixture.
         force: Replace outputs that exist.
-        jobs: Recordings to work on at once, each in a process of its own; by default 1, and on a cluster one per core
-            or GPU.
+        jobs: Processes to work in at once; by default 1, and on a cluster one per core or GPU. On a processor, each
+            takes one recording at a time, and on a GPU, up to 32.
         engine: Where processes run: local, or ray for a Ray cluster (needs onevoice[ray]), where --device cuda gives
             each process a GPU.
         address: The address of the cluster, or auto; by default RAY_ADDRESS, or a new one on this machine.
@@ -124,7 +124,7 @@ def _do_jobs(
         check_jobs(todo, settings)
         if results is not None:
             append = stack.enter_context(kept.appending())
-        progress, together = stack.enter_context(_progress()), jobs_together(device, workers)
+        progress, together = stack.enter_context(_progress()), jobs_together(device, workers, len(todo))
         found = run_jobs(todo, load, settings, workers, progress, together)
         _print_results(_recorded(found, append), len(todo), any(job.output == "-" for job in todo))
 

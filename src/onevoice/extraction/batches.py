@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+GROUP = 32
+"""The most recordings to hold at once."""
 BATCH_SECONDS = 480.0
 """The most sound in a batch, with its padding; it bounds the memory."""
 MAX_PADDING = 0.2

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from onevoice.audio import Mono, require_not_silent, require_sample_rate, resample, resample_blocks
-from onevoice.errors import AudioError, ConfigError
+from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.arrays import as_given, as_mono
-from onevoice.extraction.batches import by_length
+from onevoice.extraction.batches import GROUP, by_length
 from onevoice.extraction.checkpoint import Card, load_model, resolve
 from onevoice.extraction.engine import FirstVoice, TorchEngine
 from onevoice.extraction.presence import THRESHOLD_DB, Presence, measure_presence
@@ -189,16 +189,23 @@ class Extractor:
         if not isinstance(voice, Voice):
             rate = sample_rate if enrollment_sample_rate is None else enrollment_sample_rate
             voice = self.enroll(voice, rate)
-        results = []
+        size = GROUP if self.takes_batches else 1
+        groups = [sounds[first : first + size] for first in range(0, len(sounds), size)]
+        estimates = [estimate for group in groups for estimate in self._extract_group(group, sample_rate, voice)]
+        results = [as_given(estimate, given) for estimate, given in zip(estimates, batch, strict=True)]
+        return results if isinstance(mixture, list) else results[0]
+
+    def _extract_group(self, sounds: Sequence[Mono], sample_rate: int, voice: Voice) -> list[Mono]:
         with contextlib.ExitStack() as stack:
             pairs = [(stack.enter_context(Spool()), stack.enter_context(Spool())) for _ in sounds]
             for (heard, _), sound in zip(pairs, sounds, strict=True):
                 fill_spools([heard], [sound[:, None]], sample_rate, self.sample_rate)
-            gains = self.separate_all([(*pair, voice) for pair in pairs])
-            for given, sound, (_, estimate), gain in zip(batch, sounds, pairs, gains, strict=True):
-                blocks = at_rate(estimate, gain, self.sample_rate, sample_rate, len(sound))
-                results.append(as_given(np.concatenate(list(blocks)), given))
-        return results if isinstance(mixture, list) else results[0]
+            self.estimate_together([(*pair, voice) for pair in pairs])
+            gains = [self.separate(*pair, voice) for pair in pairs]
+            return [
+                np.concatenate(list(at_rate(estimate, gain, self.sample_rate, sample_rate, len(sound))))
+                for (_, estimate), gain, sound in zip(pairs, gains, sounds, strict=True)
+            ]
 
     def extract_with_presence(
         self, mixture: Samples, sample_rate: int, voice: Voice, *, absent_db: float = 0.0
@@ -269,25 +276,24 @@ class Extractor:
             report(estimate.samples)
         return least_residual_gain(estimate.blocks(), mixture.blocks(), self.max_gain)
 
-    def separate_all(self, recordings: Sequence[tuple[Spool, Spool, Voice]]) -> list[float]:
-        """Do for several mixtures, each with its estimate and voice, what `separate` does; return the gains.
+    def estimate_together(self, recordings: Sequence[tuple[Spool, Spool, Voice]]) -> None:
+        """Append the estimates of mixtures, each with its estimate and voice, as far as it is faster than singly.
 
-        On an accelerator, mixtures of similar length that fit a window go through the network together. Samples may
-        then differ from those of `separate` by rounding.
+        On an accelerator, mixtures of similar length that fit a window go through the network together. Their samples
+        may differ from those of `separate` by rounding. What fails or is left out here, `separate` does.
         """
-        if self.takes_batches:
-            plans = [make_plan(self.card.config, mixture.samples) for mixture, _, _ in recordings]
-            lengths = {index: plan.samples for index, plan in enumerate(plans) if plan.count == 1}
-            for group in by_length(lengths, self.sample_rate):
-                with contextlib.suppress(torch.OutOfMemoryError):  # then one by one, below
+        if not self.takes_batches:
+            return
+        plans = [make_plan(self.card.config, mixture.samples) for mixture, _, _ in recordings]
+        lengths = {index: plan.samples for index, plan in enumerate(plans) if plan.count == 1}
+        for group in by_length(lengths, self.sample_rate):
+            if len(group) > 1:
+                with contextlib.suppress(RuntimeError, OnevoiceError):  # out of memory has many names
                     self._estimate_batch([recordings[index] for index in group])
-        return [self.separate(*recording) for recording in recordings]
 
     @torch.inference_mode()
     def _estimate_batch(self, recordings: Sequence[tuple[Spool, Spool, Voice]]) -> None:
-        """Append to each estimate all that the network makes of its mixture; one alone is left to `separate`."""
-        if len(recordings) == 1:
-            return
+        """Append to each estimate all that the network makes of its mixture."""
         for _, _, voice in recordings:
             voice.require_model(self.model_hash)
         sounds = [torch.from_numpy(mixture.read(0, mixture.samples)) for mixture, _, _ in recordings]

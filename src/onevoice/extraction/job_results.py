@@ -1,4 +1,4 @@
-"""The results of a job list: a row of JSON per job, written as it ends, so that the same command resumes.
+"""The results of a job list: a row of JSON per job, written as it or its group ends, so that the same command resumes.
 
 The first line says to which job list the rows belong. A shard keeps its rows in NAME.I-of-N.jsonl; the command without
 a shard takes them over, does what is missing, and writes the rows of all jobs in their order.

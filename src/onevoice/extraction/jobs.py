@@ -19,6 +19,7 @@ from onevoice.addresses import as_address, exists, local_copy, local_name
 from onevoice.cluster import Cluster, Workers
 from onevoice.config import STRICT, from_dict, refuse_nul
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
+from onevoice.extraction.batches import GROUP
 from onevoice.extraction.enrollment import as_places, enroll_files
 from onevoice.extraction.extractor import Extractor, load
 from onevoice.extraction.recording import Extraction, extract_files
@@ -28,8 +29,10 @@ from onevoice.models.base import pick_device
 from onevoice.processes import ordered_map
 from onevoice.streams import PIPE, check_outputs
 
-GROUP = 32
-"""Jobs that a worker with an accelerator takes at once."""
+PIECES_PER_WORKER = 4
+"""At least so many, or a worker may be idle while another has much left."""
+MANY_WORKERS = 8
+"""What a cluster is taken to have, if nobody says."""
 PATTERN_SIGNS = "*?["
 """Signs that make a name a glob pattern, unless a file has that name."""
 
@@ -203,11 +206,16 @@ def run_jobs(
         yield from run_jobs(suspects, load, settings, workers)
 
 
-def jobs_together(device: str, workers: Workers) -> int:
-    """Return how many jobs a worker is to take at once on a device of this name."""
+def jobs_together(device: str, workers: Workers, count: int) -> int:
+    """Return how many of `count` jobs a worker is to take at once on a device of this name.
+
+    More than one only on an accelerator, and few enough that each worker gets several pieces.
+    """
     if isinstance(workers, Cluster):
-        return GROUP if workers.gpus else 1
-    return 1 if pick_device(device).type == "cpu" else GROUP
+        is_fast, size = workers.gpus > 0, workers.workers or MANY_WORKERS
+    else:
+        is_fast, size = pick_device(device).type != "cpu", workers
+    return max(1, min(GROUP, count // (PIECES_PER_WORKER * size))) if is_fast else 1
 
 
 def _request(job: Job, voice: Voice | str | tuple[str, ...], settings: Settings) -> Request:
@@ -220,7 +228,7 @@ def _request(job: Job, voice: Voice | str | tuple[str, ...], settings: Settings)
 def _start(
     load: Callable[[], Extractor], settings: Settings, report: Callable[[float], None] | None
 ) -> Callable[[Sequence[Job]], list[Extraction | Failure]]:
-    extractor = load()
+    extractor, say = load(), report or (lambda share: None)
     voices: dict[str | tuple[str, ...], Voice] = {}
 
     def prepare(job: Job) -> Request | OnevoiceError:
@@ -233,7 +241,7 @@ def _start(
 
     def work(jobs: Sequence[Job]) -> list[Extraction | Failure]:
         prepared = [prepare(job) for job in jobs]
-        results = iter(extract_files(extractor, [each for each in prepared if isinstance(each, Request)], report))
+        results = iter(extract_files(extractor, [each for each in prepared if isinstance(each, Request)], say))
         done = [next(results) if isinstance(each, Request) else each for each in prepared]
         return [
             Failure(job, str(each)) if isinstance(each, OnevoiceError) else each

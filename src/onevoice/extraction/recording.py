@@ -5,6 +5,8 @@
    that the same command resumes it if it was stopped.
 3. Where the voice is heard follows from the levels of estimate and mixture (`presence`).
 4. Estimate and residual are converted back and written in blocks under temporary names, and get their names together.
+
+On an accelerator, several short recordings take each step together.
 """
 
 import contextlib
@@ -12,7 +14,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from onevoice.addresses import as_address, exists
 from onevoice.audio import BLOCK, Block, Mono, to_mono
 from onevoice.errors import AudioError, ConfigError, OnevoiceError
 from onevoice.extraction.arrays import channels_cancel
+from onevoice.extraction.batches import GROUP
 from onevoice.extraction.enrollment import Spec, enroll_files
 from onevoice.extraction.extractor import Extractor, at_rate
 from onevoice.extraction.presence import Presence, join, write_timeline
@@ -36,8 +38,6 @@ from onevoice.streams import Source, is_here, keeps_peaks, open_source, write_to
 
 FULL_SCALE = 32767 / 32768
 """The largest peak in a file with integer samples."""
-MAX_THREADS = 8
-"""Threads that decode and write several files."""
 
 T = TypeVar("T")
 
@@ -122,36 +122,58 @@ def extract_file(
 
 
 def extract_files(
-    extractor: Extractor, requests: Sequence[Request], report: Callable[[float], None] | None = None
+    extractor: Extractor, requests: Sequence[Request], report: Callable[[float], None] = lambda share: None
 ) -> list[Extraction | OnevoiceError]:
     """Do several requests; return the result of each, or its error.
 
-    With an accelerator, the network takes recordings of similar length together, and threads decode and write. Then the
-    elapsed time is that of all, divided by their number, and nothing is reported in between.
+    On an accelerator, the network takes `GROUP` of them at once, as far as they fit a window, those of similar length
+    together. Their elapsed time is that of the group, divided by their number. `report` gets the share that is done of
+    each of the others.
     """
     if not extractor.takes_batches:
-        return [_or_error(_extract, extractor, request, report or (lambda share: None)) for request in requests]
+        return [_or_error(_extract, extractor, request, report) for request in requests]
+    groups = [requests[first : first + GROUP] for first in range(0, len(requests), GROUP)]
+    return [result for group in groups for result in _extract_group(extractor, group, report)]
+
+
+def _extract_group(
+    extractor: Extractor, requests: Sequence[Request], report: Callable[[float], None]
+) -> list[Extraction | OnevoiceError]:
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stacks = [stack.enter_context(contextlib.ExitStack()) for _ in requests]
-        pool = stack.enter_context(ThreadPoolExecutor(MAX_THREADS))
-        heard = list(pool.map(lambda *pair: _or_error(_hear, extractor, *pair), requests, stacks))
-        recordings = [
-            (track.mixture, track.estimate, each.voice)
-            for each in heard if isinstance(each, Heard)
-            for track in each.tracks
-        ]  # fmt: skip
-        gains = iter(extractor.separate_all(recordings))
-        own = [[next(gains) for _ in each.tracks] if isinstance(each, Heard) else [] for each in heard]
-        done = list(
-            pool.map(
-                lambda each, gains: _or_error(_finish, extractor, each, gains) if isinstance(each, Heard) else each,
-                heard,
-                own,
-            )
+        heard = [_or_error(_hear_or_extract, extractor, request, stack, report) for request in requests]
+        short = [each for each in heard if isinstance(each, Heard)]
+        extractor.estimate_together(
+            [(track.mixture, track.estimate, each.voice) for each in short for track in each.tracks]
         )
-    elapsed = (time.perf_counter() - begin) / max(1, len(requests))
-    return [each if isinstance(each, OnevoiceError) else replace(each, elapsed_seconds=elapsed) for each in done]
+        done = [_or_error(_finish_late, extractor, each) if isinstance(each, Heard) else each for each in heard]
+    elapsed = (time.perf_counter() - begin) / max(1, len(short))
+    return [
+        replace(result, elapsed_seconds=elapsed)
+        if isinstance(result, Extraction) and isinstance(each, Heard)
+        else result
+        for each, result in zip(heard, done, strict=True)
+    ]
+
+
+def _hear_or_extract(
+    extractor: Extractor, request: Request, stack: contextlib.ExitStack, report: Callable[[float], None]
+) -> Heard | Extraction:
+    """Decode a mixture that fits a window, and leave it open; extract from a longer one at once."""
+    begin = time.perf_counter()
+    with contextlib.ExitStack() as own:
+        heard = _hear(extractor, request, own)
+        if make_plan(extractor.card.config, heard.tracks[0].mixture.samples).count == 1:
+            stack.enter_context(own.pop_all())
+            return heard
+        done = _finish(extractor, heard, _separate(extractor, heard, report))
+    return replace(done, elapsed_seconds=time.perf_counter() - begin)
+
+
+def _finish_late(extractor: Extractor, heard: Heard) -> Extraction:
+    """Look at the names once more, since others may have written in between; then write."""
+    heard.request.check_names()
+    return _finish(extractor, heard, _separate(extractor, heard, lambda share: None))
 
 
 def _extract(extractor: Extractor, request: Request, report: Callable[[float], None]) -> Extraction:

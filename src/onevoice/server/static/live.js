@@ -135,22 +135,31 @@ const connect = (rate) => {
 };
 
 const begin = async () => {
-  const stream = await openMicrophone(), context = new AudioContext({latencyHint: "interactive"});
-  const closing = [() => stream.getTracks().forEach((track) => track.stop()), () => context.close()];
-  run.close = () => closing.reverse().forEach((close) => close());
+  const closing = [], close = run.close = () => { while (closing.length) closing.pop()(); };
+  const isStopped = () => run.close !== close;  // by the user, while this waits
   try {
+    const stream = await openMicrophone();
+    closing.push(() => stream.getTracks().forEach((track) => track.stop()));
+    const context = new AudioContext({latencyHint: "interactive"});
+    closing.push(() => context.close());
     await context.audioWorklet.addModule("/static/ear.js");
     const node = new AudioWorkletNode(context, "ear", {numberOfInputs: 1, numberOfOutputs: 1, outputChannelCount: [1], channelCount: 1, channelCountMode: "explicit", processorOptions: {block: Math.round(BLOCK_SECONDS * context.sampleRate)}});
     const volume = new GainNode(context, {gain: $("#live-listen").checked ? 1 : 0});
     $("#live-listen").onchange = () => { volume.gain.value = $("#live-listen").checked ? 1 : 0; };
     context.createMediaStreamSource(stream).connect(node).connect(volume).connect(context.destination);
     await context.resume();
+    if (isStopped()) { close(); return; }
     $("#live-toggle").classList.add("recording");
     $("#live-toggle span:last-child").textContent = "Stop";
     sayState("Connecting…");
     const socket = run.socket = connect(context.sampleRate);  // last: what closes it resets the button
     closing.push(() => socket.close(), follow(socket, node, context));
-  } catch (error) { stop(); throw error; }
+  } catch (error) {
+    close();
+    if (isStopped()) return;
+    stop();
+    throw error;
+  }
 };
 
 const takeVoice = async (file) => {
