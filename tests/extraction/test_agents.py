@@ -47,9 +47,10 @@ def test_pipecat() -> None:
         assert stream.strength == 0.5
         await voice_filter.stop()
         assert await voice_filter.filter(b"12") == b"12"
-        live = VoiceFilter(EXTRACTOR)
+        live = VoiceFilter(EXTRACTOR, absent_db=20.0)
         await live.start(RATE)
         assert live._stream is not None
+        assert live._stream.absent_db == 20.0
         assert live._stream.voice is None
         await live.stop()
 
@@ -79,3 +80,6 @@ def test_livekit(channels: int) -> None:
     processor.enabled = False
     assert not processor.enabled
     processor._close()
+    for voice in (VOICE, None):
+        stream = VoiceProcessor(EXTRACTOR, voice, 0.5, 20.0)._open(RATE)
+        assert (stream.strength, stream.absent_db) == (0.5, 20.0)

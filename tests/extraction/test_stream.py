@@ -5,6 +5,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from onevoice.audio import Mono
 from onevoice.errors import AudioError, CheckpointError, ConfigError
 from onevoice.extraction import engine
+from onevoice.extraction import stream as stream_module
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.discovery import FoundVoice
 from onevoice.extraction.extractor import Extractor
@@ -134,6 +136,64 @@ def test_strength_blends_and_no_voice_passes_through() -> None:
     np.testing.assert_array_equal(push_all(EXTRACTOR.stream(None, RATE), SOUND, [333]), SOUND)
 
 
+class Dial:
+    """An engine whose estimate is the mixture at full level, 30 dB down from second 2 to 8, and at full level again."""
+
+    sample_rate, hop = 8000, 80
+
+    def start(self) -> dict[str, np.ndarray]:
+        return {"input": np.zeros((1, self.hop), np.float32), "place": np.array([-self.hop])}
+
+    def prepare(self, voice: Any) -> tuple[Any, ...]:
+        return (voice,)
+
+    def step(self, samples: Mono, voice: Any, state: Any) -> tuple[Mono, dict[str, np.ndarray]]:
+        heard = np.concatenate([state["input"][0], samples])
+        seconds = (state["place"] + np.arange(len(samples))) / self.sample_rate
+        levels = np.where((seconds >= 2) & (seconds < 8), 10**-1.5, 1.0).astype(np.float32)
+        place = state["place"] + len(samples)
+        return heard[: len(samples)] * levels, {"input": heard[None, -self.hop :], "place": place}
+
+
+@pytest.mark.parametrize(("absent_db", "least_db"), [(0.0, -30.0), (20.0, -50.0), (np.inf, -110.0)])
+def test_where_the_voice_is_not_heard_the_output_is_turned_down(absent_db: float, least_db: float) -> None:
+    """Not at once, but the voice comes back at once, and never louder than the network has it."""
+    mixture = noise(10 * 8000)
+    output = push_all(Stream(Dial(), VOICE, 8000, absent_db=absent_db), mixture, [333, 100])
+    powers = [np.square(sound.astype(np.float64)).reshape(-1, 800).mean(1) for sound in (output, mixture)]
+    levels = 10 * np.log10(powers[0] / powers[1])  # in tenths of a second
+    np.testing.assert_allclose(levels[:20], 0, atol=1e-4)
+    np.testing.assert_allclose(levels[20:32], -30, atol=1e-3)
+    np.testing.assert_allclose(levels[60:80], least_db, atol=0.01)
+    assert (np.diff(levels[20:80]) < 1e-3).all()
+    assert (np.diff(levels[80:90]) > -1e-3).all()
+    np.testing.assert_allclose(levels[84:], 0, atol=1e-4)
+
+
+def test_how_far_it_is_turned_down_depends_on_no_blocks_and_survives_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition, hop by hop over the whole."""
+    monkeypatch.setattr(stream_module, "HEARD_DB", 15.0)  # the network of the tests is loud
+    monkeypatch.setattr(stream_module, "ABSENT_DB", 0.0)
+    quiet = noise(40 * HOP) * np.linspace(0, 1, 40 * HOP, dtype=np.float32) ** 4
+    estimate, fade = whole(quiet), np.exp(-HOP / RATE)
+    hops = np.square([quiet, estimate], dtype=np.float64).reshape(2, -1, HOP).mean(2)
+    gains, powers = [1.0], np.zeros(2)
+    for pair in hops.T:
+        powers = fade * powers + pair
+        level = 10 * np.log10((powers[1] + 1e-10) / (powers[0] + 1e-10))
+        gains.append(10 ** (-12 * np.clip((15 - level) / 15, 0, 1) / 20))
+    assert len(set(gains)) > 20
+    wanted = estimate * np.interp(np.arange(1, 40 * HOP + 1) / HOP, np.arange(len(gains)), gains)
+    stream = EXTRACTOR.stream(VOICE, RATE, absent_db=12.0)
+    for sizes in ([100], [7, 900]):
+        np.testing.assert_allclose(push_all(stream, quiet, sizes), wanted, atol=1e-5)
+    first = stream.push(quiet[:777])
+    other = EXTRACTOR.stream(VOICE, RATE, absent_db=12.0)
+    other.state = stream.state
+    joined = np.concatenate([first, other.push(quiet[777:]), other.flush()])
+    np.testing.assert_allclose(joined, wanted, atol=1e-5)
+
+
 def test_voices_can_change_at_any_time() -> None:
     """From none to one: a fade over one hop, then the estimate of a network whose first window is the last one."""
     stream = EXTRACTOR.stream(None, RATE)
@@ -177,6 +237,9 @@ def test_what_is_refused() -> None:
         EXTRACTOR.stream(VOICE, 10)
     with pytest.raises(ConfigError, match="between 0 and 1"):
         EXTRACTOR.stream(VOICE, RATE, 1.5)
+    for absent_db in (-1.0, np.nan):
+        with pytest.raises(ConfigError, match="absent_db: must be 0 dB or more"):
+            EXTRACTOR.stream(VOICE, RATE, absent_db=absent_db)
     with pytest.raises(CheckpointError):
         EXTRACTOR.stream(Voice(VOICE.embedding, "other"), RATE)
     with pytest.raises(ConfigError, match="a stream needs a causal network"):

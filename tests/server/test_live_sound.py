@@ -84,18 +84,20 @@ def enrollment(sounds: Path) -> str:
     ("form", "dtype", "channels", "rate"), [("int16", "<i2", 1, RATE), ("float32", "<f4", 2, 48_000)]
 )
 def test_it_gives_what_the_stream_of_the_package_gives(
-    address: str, sounds: Path, form: str, dtype: str, channels: int, rate: int
+    address: str, sounds: Path, form: str, dtype: str, channels: int, rate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("onevoice.extraction.stream.HEARD_DB", 60.0)  # the voice is never heard
+    monkeypatch.setattr("onevoice.extraction.stream.ABSENT_DB", 59.0)
     sound = noise(channels * (rate // 4 + 1)).reshape(-1, channels)
     sound = (sound * 32767).astype(dtype) if form == "int16" else sound.astype(dtype)
     size = rate // 100
-    start = {"sample_rate": rate, "format": form, "channels": channels, "strength": 0.75}
+    start = {"sample_rate": rate, "format": form, "channels": channels, "strength": 0.75, "absent_db": 9.0}
     with opened(address, **start, enrollment=enrollment(sounds)) as (socket, ready):
         for first in range(0, len(sound), size):
             socket.send(sound[first : first + size].tobytes())
         socket.send(json.dumps({"end": True}))
         output, messages = take(socket, dtype)
-    stream = EXTRACTOR.stream(enroll_files(EXTRACTOR, sounds / "enrollment.wav"), rate, 0.75)
+    stream = EXTRACTOR.stream(enroll_files(EXTRACTOR, sounds / "enrollment.wav"), rate, 0.75, 9.0)
     expected = [stream.push(sound[first : first + size].T) for first in range(0, len(sound), size)]
     np.testing.assert_array_equal(output, np.concatenate([*expected, stream.flush()]))
     assert len(output) == len(sound)
@@ -195,6 +197,7 @@ def test_the_voice_can_change_while_the_sound_goes_on(address: str, client: Test
         ([{**START, "format": "int24"}], "request", 1008, "format: "),
         ([{**START, "channels": 3}], "request", 1008, "channels: a stream may have 2, not 3"),
         ([{**START, "strength": 2}], "request", 1008, "strength: "),
+        ([{**START, "absent_db": -1}], "request", 1008, "absent_db: "),
         ([{**START, "colour": "red"}], "request", 1008, "colour: Extra inputs"),
         ([{**START, "voice": "../x"}], "request", 1008, "voice: String should match"),
         ([{**START, "voice": "0" * 32}], "not-found", 1008, "voice 000"),

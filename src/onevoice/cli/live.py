@@ -19,6 +19,7 @@ def live(
     loudspeaker: str | None = None,
     devices: bool = False,
     strength: float = 1.0,
+    absent: str = "keep",
     seconds: float | None = None,
     force: bool = False,
     pretrained: Pretrained = None,
@@ -37,6 +38,7 @@ def live(
         loudspeaker: Number or part of the name of the output device.
         devices: List the devices and exit.
         strength: The share of the voice in the output, from 0, everything as it came, to 1.
+        absent: What to do where the voice is not heard: keep the output, mute it, or turn it down by a number of dB.
         seconds: Stop after this time.
         force: Replace the output if it exists.
         pretrained: The weights: a published NAME, the PATH of a checkpoint, or hf://OWNER/REPO[@REVISION][/FILE].
@@ -52,8 +54,10 @@ def live(
         run_devices,
         run_file,
     )
+    from onevoice.extraction.request import parse_absent
     from onevoice.extraction.stream import Stream
 
+    absent_db = parse_absent(absent)
     if devices:
         print(list_devices())
         return
@@ -67,9 +71,9 @@ def live(
 
     def open_stream(sample_rate: int) -> Stream:
         if wanted is not None:
-            return extractor.stream(wanted, sample_rate, strength)
+            return extractor.stream(wanted, sample_rate, strength, absent_db)
         stream = extractor.live(sample_rate, background=input_ is None)
-        stream.strength = strength
+        stream.strength, stream.absent_db = strength, absent_db
         return stream
 
     def say(line: str) -> None:

@@ -100,9 +100,9 @@ class Extractor:
         """Runs the network in steps. Raises `ConfigError` for a network that needs the whole recording."""
         return TorchEngine(self.model, self.model_hash)
 
-    def stream(self, voice: Voice | None, sample_rate: int, strength: float = 1.0) -> Stream:
+    def stream(self, voice: Voice | None, sample_rate: int, strength: float = 1.0, absent_db: float = 0.0) -> Stream:
         """Return a stream that takes a voice out of blocks as they come; None passes them through."""
-        return Stream(self.engine, voice, sample_rate, strength)
+        return Stream(self.engine, voice, sample_rate, strength, absent_db=absent_db)
 
     def live(self, sample_rate: int, background: bool = True) -> Stream:
         """Return a stream that passes blocks through until it has heard 3 s of one voice, and then extracts that.

@@ -15,11 +15,13 @@ class VoiceProcessor(rtc.FrameProcessor[rtc.AudioFrame]):  # type: ignore[misc]
     """Takes one voice out of the frames of a track: `voice`, or the first one that speaks for 3 s.
 
     Each frame comes back whole, so the first ones begin with silence, as long as the latency. Channels are averaged,
-    and all of them get the voice.
+    and all of them get the voice. Where it is not heard, it is turned down by `absent_db`.
     """
 
-    def __init__(self, extractor: Extractor, voice: Voice | None = None, strength: float = 1.0) -> None:
-        self._extractor, self._voice, self._strength = extractor, voice, strength
+    def __init__(
+        self, extractor: Extractor, voice: Voice | None = None, strength: float = 1.0, absent_db: float = 0.0
+    ) -> None:
+        self._extractor, self._voice, self._strength, self._absent_db = extractor, voice, strength, absent_db
         self._stream: Stream | None = None
         self._ready = np.zeros(0, np.int16)
         self._enabled = True
@@ -49,9 +51,9 @@ class VoiceProcessor(rtc.FrameProcessor[rtc.AudioFrame]):  # type: ignore[misc]
     def _open(self, sample_rate: int) -> Stream:
         self._ready = np.zeros(0, np.int16)
         if self._voice is not None:
-            return self._extractor.stream(self._voice, sample_rate, self._strength)
+            return self._extractor.stream(self._voice, sample_rate, self._strength, self._absent_db)
         stream = self._extractor.live(sample_rate)
-        stream.strength = self._strength
+        stream.strength, stream.absent_db = self._strength, self._absent_db
         return stream
 
     def _close(self) -> None:

@@ -94,9 +94,11 @@ class OnnxExtractor:
         output = resample((gain * wide).astype(np.float32), self.sample_rate, sample_rate)[: len(mono)]
         return np.pad(output, (0, len(mono) - len(output)))
 
-    def stream(self, voice: OnnxVoice | None, sample_rate: int, strength: float = 1.0) -> Stream:
+    def stream(
+        self, voice: OnnxVoice | None, sample_rate: int, strength: float = 1.0, absent_db: float = 0.0
+    ) -> Stream:
         """Return a stream, as `Extractor.stream`. Raises `ConfigError` for a network that needs the whole recording."""
-        return Stream(self.engine, voice, sample_rate, strength)
+        return Stream(self.engine, voice, sample_rate, strength, absent_db=absent_db)
 
     @functools.cached_property
     def engine(self) -> "OnnxEngine":

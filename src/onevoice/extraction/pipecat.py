@@ -20,10 +20,13 @@ class VoiceFilter(BaseAudioFilter):  # type: ignore[misc]
 
     Blocks are computed in a thread, so that the event loop goes on. The first blocks come back shorter, by the latency.
     `FilterEnableFrame` switches between the voice and the mixture, and `FilterUpdateSettingsFrame` sets the `strength`.
+    Where the voice is not heard, it is turned down by `absent_db`.
     """
 
-    def __init__(self, extractor: Extractor, voice: Voice | None = None, strength: float = 1.0) -> None:
-        self._extractor, self._voice, self._strength = extractor, voice, strength
+    def __init__(
+        self, extractor: Extractor, voice: Voice | None = None, strength: float = 1.0, absent_db: float = 0.0
+    ) -> None:
+        self._extractor, self._voice, self._strength, self._absent_db = extractor, voice, strength, absent_db
         self._is_enabled = True
         self._stream: Stream | None = None
         self._worker: ThreadPoolExecutor | None = None
@@ -35,6 +38,7 @@ class VoiceFilter(BaseAudioFilter):  # type: ignore[misc]
         else:
             self._stream = self._extractor.stream(self._voice, sample_rate)
         self._stream.strength = self._strength if self._is_enabled else 0.0
+        self._stream.absent_db = self._absent_db
         self._worker = ThreadPoolExecutor(1, "onevoice")
 
     async def stop(self) -> None:

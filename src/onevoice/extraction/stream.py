@@ -5,13 +5,15 @@
   convert the rate.
 - The mixture is delayed by the same time, so that the estimate can be blended with it (`strength`) or replaced by it
   (no voice). Changes are faded over one hop.
-- The level of the network's estimate stays as it is; a gain that fits a whole recording is not known in a stream.
+- The level of the network's estimate stays as it is; a gain that fits a whole recording is not known in a stream. Where
+  the voice has not been heard for a while, `absent_db` can turn it down.
 - A block with NaN or infinite samples is replaced by silence and counted.
 
 This module does not know how the network is run: an `Engine` does that, in PyTorch (`engine`) or ONNX Runtime
 (`onnx`). The state has the same arrays for both.
 """
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,6 +31,15 @@ Prepared = tuple[Any, ...]
 """What an engine makes of a voice."""
 NETWORK = "network."
 """The beginning of the names of the network's own arrays in a state."""
+
+HEARD_DB, ABSENT_DB = -6.0, -16.0
+"""Levels of the estimate against the mixture: at the first, the voice is heard, at the second, it is not."""
+WINDOW_SECONDS = 1.0
+"""The time over which these levels fade by 1 / e."""
+MOST_DB = 80.0
+"""How far infinity turns down."""
+POWER_FLOOR = 1e-10
+"""−100 dB of full scale, so that silence has a level."""
 
 
 @runtime_checkable
@@ -63,6 +74,7 @@ class Stream:
         sample_rate: int,
         strength: float = 1.0,
         listen: Callable[[Mono], Any] | None = None,
+        absent_db: float = 0.0,
     ) -> None:
         self._engine, self._lock = engine, threading.Lock()
         self._to_network = RateConverter(sample_rate, engine.sample_rate)
@@ -70,6 +82,7 @@ class Stream:
         self.sample_rate = sample_rate
         """In Hz, of the blocks."""
         self.strength = strength
+        self.absent_db = absent_db
         self._listen = listen
         """Gets each block until it returns a voice, which is then extracted."""
         self.voice: Any = voice
@@ -87,6 +100,10 @@ class Stream:
         """The last hop of the mixture, which the next one pushes out."""
         self._share: float
         """The share of the estimate at the end of the last hop."""
+        self._powers: Shaped[np.ndarray, " two"]
+        """Powers of mixture and estimate over the last time, summed with weights that fade."""
+        self._gain: float
+        """The gain for the estimate at the end of the last hop."""
         self._skip: int
         """Samples still to drop: the hop from before the start."""
         self._received: int
@@ -104,6 +121,17 @@ class Stream:
         if not 0 <= strength <= 1:
             raise ConfigError(f"strength: must lie between 0 and 1, not {strength}")
         self._strength = float(strength)
+
+    @property
+    def absent_db(self) -> float:
+        """How far the estimate is turned down where the voice is not heard, in dB; infinity mutes, 0 leaves it."""
+        return self._absent_db
+
+    @absent_db.setter
+    def absent_db(self, absent_db: float) -> None:
+        if not absent_db >= 0:
+            raise ConfigError(f"absent_db: must be 0 dB or more, not {absent_db}")
+        self._absent_db = float(absent_db)
 
     @property
     def latency_seconds(self) -> float:
@@ -156,8 +184,8 @@ class Stream:
     def state(self) -> dict[str, Shaped[np.ndarray, "..."]]:
         """Where the stream is, as arrays by name, which `numpy.savez` can write.
 
-        Setting it continues from there. The voice and the strength are no part of it. Raises `ConfigError` for a state
-        that does not fit.
+        Setting it continues from there. The voice, the strength and `absent_db` are no part of it. Raises `ConfigError`
+        for a state that does not fit.
         """
         with self._lock:
             numbers = [self._skip, self._received, self._returned, self.silenced_blocks, self._dtype == np.int16]
@@ -165,6 +193,8 @@ class Stream:
                 "rate": np.array(self.sample_rate),
                 "numbers": np.array(numbers, np.int64),
                 "share": np.array(self._share),
+                "powers": self._powers,
+                "gain": np.array(self._gain),
                 "waiting": self._waiting,
                 "mixture": self._mixture,
                 "input": self._input.recent,
@@ -187,7 +217,7 @@ class Stream:
             self._network = {name: value.copy() for name, value in network.items()}
             self._skip, self._received, self._returned, self.silenced_blocks, is_int16 = map(int, state["numbers"])
             self._dtype = np.dtype(np.int16 if is_int16 else np.float32)
-            self._share = float(state["share"])
+            self._share, self._gain, self._powers = float(state["share"]), float(state["gain"]), state["powers"].copy()
             self._waiting, self._mixture = state["waiting"].copy(), state["mixture"].copy()
             self._input = RateState(state["input"].copy(), *map(int, state["input_place"]))
             self._output = RateState(state["output"].copy(), *map(int, state["output_place"]))
@@ -198,6 +228,7 @@ class Stream:
         self._waiting = np.zeros(0, np.float32)
         self._mixture = np.zeros(self._engine.hop, np.float32)
         self._share = 0.0 if self._prepared is None else self._strength
+        self._powers, self._gain = np.zeros(2), 1.0
         self._skip = self._engine.hop
         self._received = self._returned = 0
         self._dtype = np.dtype(np.float32)
@@ -207,6 +238,7 @@ class Stream:
             if self._prepared is None and not self._skip:  # the network begins with the window of the last hop
                 _, self._network = self._engine.step(self._mixture, prepared, self._network)
             self._prepared = prepared
+            self._powers = np.zeros(2)  # the new voice may speak at once
         self.voice = voice
 
     def _advance(self, samples: Mono) -> Mono:
@@ -222,10 +254,26 @@ class Stream:
             self._network = {**self._network, "input": output[None, -hop:].copy()}
         else:
             estimate, self._network = self._engine.step(heard, self._prepared, self._network)
-            output = self._blend(output, estimate)
+            output = self._blend(output, self._turn_down(output, estimate))
         self._mixture = heard[-hop:].copy()
         skipped, self._skip = self._skip, max(0, self._skip - len(output))
         return output[skipped:]
+
+    def _turn_down(self, mixture: Mono, estimate: Mono) -> Mono:
+        """Turn the estimate down by up to `absent_db` where it has been much quieter than the mixture for a while."""
+        hop = self._engine.hop
+        fade = math.exp(-hop / (WINDOW_SECONDS * self._engine.sample_rate))
+        gains = [self._gain]
+        for powers in np.square([mixture, estimate], dtype=np.float64).reshape(2, -1, hop).mean(2).T:
+            self._powers = fade * self._powers + powers
+            heard, own = self._powers + POWER_FLOOR
+            absence = (HEARD_DB - 10 * math.log10(own / heard)) / (HEARD_DB - ABSENT_DB)
+            gains.append(10 ** (-min(self._absent_db, MOST_DB) * min(1.0, max(0.0, absence)) / 20))
+        self._gain = gains[-1]
+        if min(gains) == 1.0:
+            return estimate
+        places = np.arange(1, len(estimate) + 1) / hop
+        return (estimate * np.interp(places, np.arange(len(gains)), gains)).astype(np.float32)
 
     def _blend(self, mixture: Mono, estimate: Mono) -> Mono:
         target = 0.0 if self.voice is None else self._strength

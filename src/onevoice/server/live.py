@@ -171,6 +171,8 @@ class _Client:
         check_up = None
         if change.strength is not None:
             self.stream.strength = change.strength
+        if change.absent_db is not None:
+            self.stream.absent_db = change.absent_db
         if change.model_fields_set & {*VOICE_FIELDS}:
             voice = await self._find_voice(change)
             await self.service.on_blocks(lambda: self.stream.set_voice(voice))

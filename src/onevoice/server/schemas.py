@@ -181,6 +181,8 @@ class StreamChange(Body):
     """A recording of the wanted person alone, of any format, in Base64."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """The share of the voice in the output, from 0, everything as it came, to 1, which is the default."""
+    absent_db: Annotated[float, Field(ge=0)] | None = None
+    """How far the voice is turned down where it is not heard, in dB; 0, the default, leaves it."""
     end: bool = False
     """That no more sound comes: the server sends the rest, and closes."""
 
