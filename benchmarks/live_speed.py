@@ -1,14 +1,15 @@
 """How long a block of a stream takes: PyTorch eager and compiled, and ONNX Runtime, each on one thread.
 
     python benchmarks/live_speed.py [--seconds 20] [--engines eager compiled onnx] [--rate 16000] [--pretrained PATH]
-    python benchmarks/live_speed.py --dev FOLDER [--limit 100] --pretrained PATH
+    python benchmarks/live_speed.py --dev FOLDER [--limit 100] [--absent-db 0] --pretrained PATH
 
 Blocks of 10 ms are pushed one by one. The table shows percentiles of wall and of processor time per block, processor
 time as a share of real time, and how much the peak memory of the process grew. Without weights, the network of
 configs/causal_pool.json is used as it is initialized. On a busy machine, processor time is the figure to compare.
 
-With `--dev`, the streamed output of trials (NAME-mixed, NAME-ref and NAME-target files in a folder) is scored by
-SI-SDRi beside the estimate for the whole.
+With `--dev`, the streamed output of the first trials (NAME-mixed, NAME-ref and NAME-target files in a folder) is scored
+by SI-SDRi beside the estimate for the whole. That of the first trials with a silent target is scored by its level
+against the mixture. `--absent-db` turns streams down where the voice is not heard.
 """
 
 import argparse
@@ -73,18 +74,26 @@ def measure(name: str, extractor: Extractor, seconds: float, rate: int, folder: 
     print(f"{name:10}{cells}{np.mean(processor[WARM_UP:]) / 10:9.0%}{grown:9.1f}", flush=True)
 
 
-def score(extractor: Extractor, folder: Path, limit: int) -> None:
-    streamed, whole = [], []
-    for mixed in sorted(folder.glob("*-mixed.wav"))[:limit]:
+def score(extractor: Extractor, folder: Path, limit: int, absent_db: float) -> None:
+    streamed, whole, down = [], [], []
+    for mixed in sorted(folder.glob("*-mixed.wav")):
         mixture, rate = read_audio(mixed)
         target, _ = read_audio(mixed.with_name(mixed.name.replace("mixed", "target")))
+        if len(streamed if target.any() else down) == limit:
+            continue
         voice = extractor.enroll(*read_audio(mixed.with_name(mixed.name.replace("mixed", "ref"))))
-        stream, size = extractor.stream(voice, rate), rate // 100
+        stream, size = extractor.stream(voice, rate, absent_db=absent_db), rate // 10
         blocks = [stream.push(mixture[first : first + size]) for first in range(0, len(mixture), size)]
         output = np.concatenate([*blocks, stream.flush()])
+        if not target.any():
+            down.append(10 * np.log10(np.sum(mixture**2) / max(float(np.sum(output**2)), 1e-12)))
+            continue
         streamed.append(si_sdr_improvement(output, mixture, target))
         whole.append(si_sdr_improvement(extractor.extract(mixture, rate, voice), mixture, target))
     print(f"SI-SDRi of {len(whole)} trials: streamed {np.mean(streamed):.2f} dB, whole {np.mean(whole):.2f} dB")
+    if down:
+        mean, median = np.mean(down), np.median(down)
+        print(f"target absent: {len(down)} trials, attenuation mean {mean:.2f} dB, median {median:.2f} dB")
 
 
 def main() -> None:
@@ -95,12 +104,13 @@ def main() -> None:
     parser.add_argument("--pretrained")
     parser.add_argument("--dev", type=Path)
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--absent-db", type=float, default=0.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     extractor = open_extractor(options.pretrained)
     if options.dev is not None:
-        return score(extractor, options.dev, options.limit)
+        return score(extractor, options.dev, options.limit, options.absent_db)
     heads = "".join(f"{head:>9}" for head in ("wall p50", "p99", "p99.9", "CPU p50", "p99", "p99.9"))
     print(f"{'ms/block':10}{heads}{'CPU':>9}{'MB':>9}")
     with tempfile.TemporaryDirectory() as folder:
