@@ -100,7 +100,7 @@ def evaluation(folder: Path) -> Walk:
 
 WALKS: dict[str, tuple[Callable[[Path], Walk], int]] = {
     "recording → gradient": (training_step, 15),
-    "command → voice": (extraction, 21),
+    "command → voice": (extraction, 23),
     "config → number": (evaluation, 16),
 }
 """Each walk, and the largest number of files it may enter."""
