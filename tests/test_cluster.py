@@ -130,8 +130,8 @@ def kill_a_worker() -> int:
 def killing_results(killed: list[int]) -> Callable[..., Iterator[Any]]:
     """Return a way to pass results on that kills a worker after the first of them."""
 
-    def recorded(jobs: Any, results: Iterator[Any], append: Any) -> Iterator[Any]:
-        for result in results:
+    def recorded(results: Iterator[tuple[Any, Any]], append: Any) -> Iterator[Any]:
+        for _, result in results:
             if not killed:
                 killed.append(kill_a_worker())
             yield result
