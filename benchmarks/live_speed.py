@@ -25,7 +25,7 @@ import torch
 
 from onevoice.audio import read_audio
 from onevoice.config import from_dict
-from onevoice.evaluation.metrics import si_sdr_improvement
+from onevoice.evaluation.metrics import attenuation_db, si_sdr_improvement
 from onevoice.extraction import onnx
 from onevoice.extraction.checkpoint import Card
 from onevoice.extraction.engine import TorchEngine
@@ -86,7 +86,7 @@ def score(extractor: Extractor, folder: Path, limit: int, absent_db: float) -> N
         blocks = [stream.push(mixture[first : first + size]) for first in range(0, len(mixture), size)]
         output = np.concatenate([*blocks, stream.flush()])
         if not target.any():
-            down.append(10 * np.log10(np.sum(mixture**2) / max(float(np.sum(output**2)), 1e-12)))
+            down.append(attenuation_db(mixture, output))
             continue
         streamed.append(si_sdr_improvement(output, mixture, target))
         whole.append(si_sdr_improvement(extractor.extract(mixture, rate, voice), mixture, target))

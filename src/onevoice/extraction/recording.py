@@ -92,6 +92,8 @@ class Heard:
     paths: list[Path | None]
     """Where the estimate of each track is kept while it grows; None for what is quickly done again."""
     notes: list[str]
+    begin: float
+    """When work on it began, by `time.perf_counter`."""
 
 
 def extract_file(
@@ -160,28 +162,23 @@ def _hear_or_extract(
     extractor: Extractor, request: Request, stack: contextlib.ExitStack, report: Callable[[float], None]
 ) -> Heard | Extraction:
     """Decode a mixture that fits a window, and leave it open; extract from a longer one at once."""
-    begin = time.perf_counter()
     with contextlib.ExitStack() as own:
         heard = _hear(extractor, request, own)
         if make_plan(extractor.card.config, heard.tracks[0].mixture.samples).count == 1:
             stack.enter_context(own.pop_all())
             return heard
-        done = _finish(extractor, heard, _separate(extractor, heard, report))
-    return replace(done, elapsed_seconds=time.perf_counter() - begin)
+        return _finish(extractor, heard, report)
 
 
 def _finish_late(extractor: Extractor, heard: Heard) -> Extraction:
     """Look at the names once more, since others may have written in between; then write."""
     heard.request.check_names()
-    return _finish(extractor, heard, _separate(extractor, heard, lambda share: None))
+    return _finish(extractor, heard, lambda share: None)
 
 
 def _extract(extractor: Extractor, request: Request, report: Callable[[float], None]) -> Extraction:
-    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        heard = _hear(extractor, request, stack)
-        done = _finish(extractor, heard, _separate(extractor, heard, report))
-    return replace(done, elapsed_seconds=time.perf_counter() - begin)
+        return _finish(extractor, _hear(extractor, request, stack), report)
 
 
 def _or_error(function: Callable[..., T], *arguments: Any) -> T | OnevoiceError:
@@ -193,6 +190,7 @@ def _or_error(function: Callable[..., T], *arguments: Any) -> T | OnevoiceError:
 
 def _hear(extractor: Extractor, request: Request, stack: contextlib.ExitStack) -> Heard:
     """Look at the files of a request, and decode its mixture. The stack closes what is open."""
+    begin = time.perf_counter()
     request.check_names()
     outputs = [each for each in (request.output, request.residual) if each is not None]
     for address in [] if request.force else map(as_address, outputs):
@@ -210,13 +208,13 @@ def _hear(extractor: Extractor, request: Request, stack: contextlib.ExitStack) -
     estimates = [stack.enter_context(Spool(folder, path)) for path in paths]
     tracks = [Track(*pair) for pair in zip(spools, estimates, strict=True)]
     notes += [*voice.warnings, *_swapped(voice, samples / source.sample_rate)]
-    return Heard(request, source, voice, channel, samples, tracks, paths, notes)
+    return Heard(request, source, voice, channel, samples, tracks, paths, notes, begin)
 
 
-def _finish(extractor: Extractor, heard: Heard, gains: Sequence[float]) -> Extraction:
-    """Write what a request asks for, once the network has run over its tracks."""
+def _finish(extractor: Extractor, heard: Heard, report: Callable[[float], None]) -> Extraction:
+    """Run the network over the tracks of a request, and write what it asks for."""
     request, source, tracks = heard.request, heard.source, []
-    for track, gain in zip(heard.tracks, gains, strict=True):
+    for track, gain in zip(heard.tracks, _separate(extractor, heard, report), strict=True):
         has_level = extractor.card.config.has_level
         presence = extractor.presence(track.mixture, track.estimate) if has_level else None
         tracks.append(replace(track, gain=gain, presence=presence))
@@ -237,7 +235,8 @@ def _finish(extractor: Extractor, heard: Heard, gains: Sequence[float]) -> Extra
         atomic_write(Path(request.page), content.encode())
     for path in filter(None, heard.paths):
         path.unlink(missing_ok=True)
-    return Extraction(source.name, str(request.output), heard.samples / source.sample_rate, 0.0, tuple(notes), presence)
+    seconds, elapsed = heard.samples / source.sample_rate, time.perf_counter() - heard.begin
+    return Extraction(source.name, str(request.output), seconds, elapsed, tuple(notes), presence)
 
 
 def _swapped(voice: Voice, seconds: float) -> list[str]:

@@ -217,7 +217,10 @@ class Stream:
             self._network = {name: value.copy() for name, value in network.items()}
             self._skip, self._received, self._returned, self.silenced_blocks, is_int16 = map(int, state["numbers"])
             self._dtype = np.dtype(np.int16 if is_int16 else np.float32)
-            self._share, self._gain, self._powers = float(state["share"]), float(state["gain"]), state["powers"].copy()
+            self._share = float(state["share"])
+            self._gain, self._powers = 1.0, np.zeros(2)
+            if "gain" in state:  # states of the first version have none
+                self._gain, self._powers = float(state["gain"]), state["powers"].copy()
             self._waiting, self._mixture = state["waiting"].copy(), state["mixture"].copy()
             self._input = RateState(state["input"].copy(), *map(int, state["input_place"]))
             self._output = RateState(state["output"].copy(), *map(int, state["output_place"]))
